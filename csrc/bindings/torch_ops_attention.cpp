@@ -1,0 +1,327 @@
+// decode_attention, prefill_attention, column_sums, selection_scores: schema, checks, scratch memory and threads.
+// Semantics: python/kvcache/ops/reference.py.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../core/split.h"
+#include "../cpu/attention_plan.h"
+#include "../cpu/kernels.h"
+#include "torch_ops.h"
+
+namespace kvcache {
+namespace bindings {
+namespace {
+
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t max_count(const PagedView& view) {
+  const int64_t items = int64_t(view.rows) * view.heads;
+  return items > 0 ? *std::max_element(view.counts, view.counts + items) : 0;
+}
+
+// The arguments that the attention ops share, as far as they are there.
+class AttentionChecker : public Checker {
+ public:
+  AttentionChecker(const char* op, cpu::AttentionParams& p) : Checker(op), p_(p) {}
+
+  // q [R, Hq, T, Dk], or [R, Hq, Dk] for one token.
+  void query(const Tensor& q, bool tokens) {
+    const Dim dim{"Dk", p_.view.k_dim};
+    p_.q = tokens ? strided4("q", q, {rows(), {"Hq", kAny}, {"T", kAny}, dim})
+                  : strided4("q", q, {rows(), {"Hq", kAny}, dim});
+    p_.query_heads = int32_t(q.size(1));
+    p_.tokens = tokens ? int32_t(q.size(2)) : 1;
+    if (p_.view.heads ? p_.query_heads % p_.view.heads != 0 : p_.query_heads != 0) {
+      value_error("q has " + std::to_string(p_.query_heads) +
+                  " heads, needs a multiple of H=" + std::to_string(p_.view.heads));
+    }
+  }
+
+  void positions(const Tensor& q_positions) { p_.q_positions = int32("q_positions", q_positions, {rows(), tokens()}); }
+
+  void window(const OptionalTensor& start, bool per_token) {
+    if (!start) return;
+    p_.window_start = per_token ? int32("window_start", *start, {rows(), tokens()})
+                                : int32("window_start", *start, {rows()});
+  }
+
+  void sinks(const OptionalTensor& sinks) {
+    if (sinks) p_.sinks = float32("sinks", *sinks, {{"Hq", p_.query_heads}});
+  }
+
+  void bias(const OptionalTensor& bias) {
+    if (!bias) return;
+    p_.bias = float32("bias", *bias, {rows(), {"heads", kAny}, capacity()});
+    p_.bias_heads = heads_of("bias", *bias, {1, p_.view.heads, p_.query_heads});
+  }
+
+  void mask(const OptionalTensor& mask) {
+    if (!mask) return;
+    p_.mask = boolean("mask", *mask, {rows(), {"heads", kAny}, tokens(), capacity()});
+    p_.mask_heads = heads_of("mask", *mask, {1, p_.view.heads});
+  }
+
+  void softcap(double softcap) {
+    if (!(softcap >= 0)) value_error("softcap is " + std::to_string(softcap) + ", needs 0 (none) or more");
+    p_.softcap = float(softcap);
+  }
+
+  void index(const OptionalTensor& index, const OptionalTensor& index_counts) {
+    if (index.has_value() != index_counts.has_value()) value_error("index and index_counts need each other");
+    if (!index) return;
+    p_.index = int32("index", *index, {rows(), {"heads", kAny}, {"K", kAny}});
+    p_.index_heads = heads_of("index", *index, {1, p_.view.heads});
+    p_.index_width = index->size(2);
+    p_.index_counts = int32("index_counts", *index_counts, {rows(), {"heads", p_.index_heads}});
+    for (int64_t i = 0; i < int64_t(p_.view.rows) * p_.index_heads; ++i) index_list(i);
+  }
+
+ private:
+  Dim rows() const { return {"R", p_.view.rows}; }
+  Dim tokens() const { return {"T", p_.tokens}; }
+  Dim capacity() const { return {"C", p_.view.capacity}; }
+
+  int32_t heads_of(const char* argument, const Tensor& tensor, std::initializer_list<int32_t> choices) const {
+    const int64_t heads = tensor.size(1);
+    if (std::find(choices.begin(), choices.end(), heads) != choices.end()) return int32_t(heads);
+    std::string wanted;
+    for (int32_t choice : choices) wanted += (wanted.empty() ? "" : " or ") + std::to_string(choice);
+    value_error(std::string(argument) + " has " + std::to_string(heads) + " heads in dimension 1, needs " + wanted);
+  }
+
+  // Slots are held by one of the heads that read the list, and none is listed twice.
+  void index_list(int64_t i) const {
+    const int64_t row = i / p_.index_heads, head = i % p_.index_heads;
+    const std::string name = "(" + std::to_string(row) + ", " + std::to_string(head) + ")";
+    const int64_t n = p_.index_counts[i];
+    if (n < 0 || n > p_.index_width) {
+      value_error("index_counts of " + name + " is " + std::to_string(n) +
+                  ", needs 0 to K=" + std::to_string(p_.index_width));
+    }
+    const int32_t* counts = p_.view.counts + row * p_.view.heads;
+    const int64_t room = p_.index_heads == p_.view.heads ? counts[head]
+                         : p_.view.heads > 0             ? *std::max_element(counts, counts + p_.view.heads)
+                                                         : 0;
+    const int32_t* slots = p_.index + i * p_.index_width;
+    bool ascending = true;
+    for (int64_t j = 0; j < n; ++j) {
+      if (slots[j] < 0 || slots[j] >= room) {
+        value_error("index of " + name + " lists slot " + std::to_string(slots[j]) + ", needs a slot below " +
+                    std::to_string(room));
+      }
+      ascending = ascending && (j == 0 || slots[j] > slots[j - 1]);
+    }
+    if (ascending) return;
+    std::vector<int32_t> sorted(slots, slots + n);
+    std::sort(sorted.begin(), sorted.end());
+    if (auto twice = std::adjacent_find(sorted.begin(), sorted.end()); twice != sorted.end()) {
+      value_error("index of " + name + " lists slot " + std::to_string(*twice) + " twice");
+    }
+  }
+
+  cpu::AttentionParams& p_;
+};
+
+Tensor scratch(const Tensor& like, int64_t floats) {
+  return abi::empty(like, {floats}, abi::aoti_torch_dtype_float32());
+}
+
+std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                            const Tensor& table, const Tensor& counts, const Tensor& positions,
+                                            const OptionalTensor& window_start, const OptionalTensor& sinks,
+                                            const OptionalTensor& bias, const OptionalTensor& index,
+                                            const OptionalTensor& index_counts, const OptionalTensor& statistics,
+                                            double scale, double softcap, double statistics_decay,
+                                            bool statistics_max) {
+  cpu::AttentionParams p{};
+  AttentionChecker check("decode_attention", p);
+  PagedView& view = p.view;
+  view = check.pages(k_pages, &v_pages, table);
+  check.entries(view, counts, positions);
+  check.query(q, false);
+  check.window(window_start, false);
+  check.sinks(sinks);
+  check.bias(bias);
+  check.softcap(softcap);
+  check.index(index, index_counts);
+  if (statistics) {
+    p.statistics = const_cast<float*>(check.float32(
+        "statistics", *statistics, {{"R", view.rows}, {"H", view.heads}, {"C", view.capacity}}));
+  }
+  check.live_pages(view);
+  p.scale = float(scale);
+  p.statistics_decay = float(statistics_decay);
+  p.statistics_max = statistics_max;
+
+  const int64_t items = int64_t(view.rows) * view.heads;
+  const int64_t most = p.index ? std::min(p.index_width, max_count(view)) : max_count(view);
+  const int64_t per_head = most * (view.k_dim + view.v_dim);
+  p.splits = items * per_head < grain(1) ? 1 : decode_splits(abi::num_threads(), view.rows, view.heads, most);
+  Tensor out = abi::empty(q, {view.rows, p.query_heads, view.v_dim}, q.dtype());
+  Tensor lse = abi::empty(q, {view.rows, p.query_heads}, abi::aoti_torch_dtype_float32());
+  p.out = out.mutable_data<void>();
+  p.lse = lse.mutable_data<float>();
+  Tensor memory(nullptr);
+  if (const int64_t floats = cpu::decode_scratch_floats(p)) {
+    memory = scratch(q, floats);
+    p.scratch = memory.mutable_data<float>();
+  }
+  abi::parallel_for(items * p.splits, grain(per_head / p.splits),
+                    [&](int64_t begin, int64_t end) { cpu::table().decode_attention(p, begin, end); });
+  if (p.splits > 1 || p.statistics) {
+    const int64_t work = p.splits * view.v_dim + (p.statistics ? 4 * most : 0);
+    abi::parallel_for(items, grain(work),
+                      [&](int64_t begin, int64_t end) { cpu::table().decode_combine(p, begin, end); });
+  }
+  return {std::move(out), std::move(lse)};
+}
+
+std::tuple<Tensor, Tensor> prefill_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                             const Tensor& table, const Tensor& counts, const Tensor& positions,
+                                             const Tensor& q_positions, const OptionalTensor& window_start,
+                                             const OptionalTensor& sinks, const OptionalTensor& bias,
+                                             const OptionalTensor& mask, const OptionalTensor& index,
+                                             const OptionalTensor& index_counts, double scale, double softcap) {
+  cpu::AttentionParams p{};
+  AttentionChecker check("prefill_attention", p);
+  PagedView& view = p.view;
+  view = check.pages(k_pages, &v_pages, table);
+  check.entries(view, counts, positions);
+  check.query(q, true);
+  check.positions(q_positions);
+  check.window(window_start, true);
+  check.sinks(sinks);
+  check.bias(bias);
+  check.mask(mask);
+  check.softcap(softcap);
+  check.index(index, index_counts);
+  check.live_pages(view);
+  p.scale = float(scale);
+  p.splits = 1;
+
+  Tensor out = abi::empty(q, {view.rows, p.tokens, p.query_heads, view.v_dim}, q.dtype());
+  Tensor lse = abi::empty(q, {view.rows, p.query_heads, p.tokens}, abi::aoti_torch_dtype_float32());
+  p.out = out.mutable_data<void>();
+  p.lse = lse.mutable_data<float>();
+  const int64_t block = cpu::prefill_query_block(p.query_heads, view.heads);
+  const int64_t items = int64_t(view.rows) * view.heads * ceil_div(p.tokens, block);
+  abi::parallel_for(items, 1, [&](int64_t begin, int64_t end) { cpu::table().prefill_attention(p, begin, end); });
+  return {std::move(out), std::move(lse)};
+}
+
+Tensor column_sums(const Tensor& q, const Tensor& k_pages, const Tensor& table, const Tensor& counts,
+                   const Tensor& positions, const Tensor& q_positions, const Tensor& lse,
+                   const OptionalTensor& window_start, const OptionalTensor& bias, const OptionalTensor& mask,
+                   double scale, double softcap, int64_t last, bool reduce_max) {
+  cpu::ColumnSumsParams sums{};
+  cpu::AttentionParams& p = sums.attention;
+  AttentionChecker check("column_sums", p);
+  PagedView& view = p.view;
+  view = check.pages(k_pages, nullptr, table);
+  check.entries(view, counts, positions);
+  check.query(q, true);
+  check.positions(q_positions);
+  check.window(window_start, true);
+  check.bias(bias);
+  check.mask(mask);
+  check.softcap(softcap);
+  sums.lse = check.float32("lse", lse, {{"R", view.rows}, {"Hq", p.query_heads}, {"T", p.tokens}});
+  if (last < 0) check.value_error("last is " + std::to_string(last) + ", needs 0 (all) or more");
+  check.live_pages(view);
+  p.scale = float(scale);
+  p.splits = 1;
+  sums.reduce_max = reduce_max;
+
+  // The first of the `last` real queries of each row.
+  std::vector<int32_t> query_begin(view.rows, 0);
+  for (int64_t r = 0; r < view.rows && last > 0; ++r) {
+    int32_t t = p.tokens;
+    for (int64_t real = 0; t > 0; --t) {
+      real += p.q_positions[r * p.tokens + t - 1] >= 0;
+      if (real > last) break;
+    }
+    query_begin[r] = t;
+  }
+  sums.query_begin = query_begin.data();
+
+  Tensor out = abi::empty(q, {view.rows, view.heads, view.capacity}, abi::aoti_torch_dtype_float32());
+  sums.sums = out.mutable_data<float>();
+  std::fill_n(sums.sums, int64_t(view.rows) * view.heads * view.capacity, 0.0f);
+  if (p.tokens == 0 || p.query_heads == 0) return out;
+  const int64_t items = int64_t(view.rows) * view.heads * ceil_div(view.capacity, cpu::kColumnBlock);
+  abi::parallel_for(items, 1, [&](int64_t begin, int64_t end) { cpu::table().column_sums(sums, begin, end); });
+  return out;
+}
+
+Tensor selection_scores(const Tensor& q, const Tensor& k_pages, const Tensor& table, const Tensor& counts,
+                        const Tensor& positions, const Tensor& first, const Tensor& end, double scale, bool soft,
+                        bool per_head) {
+  cpu::AttentionParams attention{};
+  AttentionChecker check("selection_scores", attention);
+  attention.view = check.pages(k_pages, nullptr, table);
+  check.entries(attention.view, counts, positions);
+  check.query(q, false);
+  cpu::SelectionParams p{};
+  p.view = attention.view;
+  p.q = attention.q;
+  p.query_heads = attention.query_heads;
+  p.scale = float(scale);
+  p.soft = soft;
+  p.per_head = per_head;
+  p.first = check.int32("first", first, {{"R", p.view.rows}});
+  p.end = check.int32("end", end, {{"R", p.view.rows}});
+  const int64_t heads = p.view.heads, items = int64_t(p.view.rows) * heads;
+  for (int64_t i = 0; i < items && !per_head; ++i) {
+    if (p.view.counts[i] != p.view.counts[i / heads * heads]) {
+      check.value_error("counts of " + head_name(i, heads) +
+                        " differs from its row's first head; without per_head all heads must hold the same entries");
+    }
+  }
+  check.live_pages(p.view);
+
+  const int64_t lines = per_head ? items : p.view.rows;
+  Tensor out = abi::empty(q, {p.view.rows, per_head ? heads : 1, p.view.capacity}, abi::aoti_torch_dtype_float32());
+  p.scores = out.mutable_data<float>();
+  std::fill_n(p.scores, lines * p.view.capacity, kNegInf);
+  if (items == 0 || p.query_heads == 0) return out;
+  Tensor memory = scratch(q, int64_t(p.view.rows) * p.query_heads * p.view.capacity);
+  p.scratch = memory.mutable_data<float>();
+  const int64_t most = max_count(p.view);
+  abi::parallel_for(items, grain(most * p.view.k_dim),
+                    [&](int64_t begin, int64_t end) { cpu::table().selection_logits(p, begin, end); });
+  abi::parallel_for(lines, grain(most * p.query_heads / (per_head ? heads : 1)),
+                    [&](int64_t begin, int64_t end) { cpu::table().selection_vote(p, begin, end); });
+  return out;
+}
+
+}  // namespace
+}  // namespace bindings
+
+const Op kAttentionOps[] = {
+    {"prefill_attention",
+     "prefill_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor counts, Tensor positions, "
+     "Tensor q_positions, Tensor? window_start, Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? index, "
+     "Tensor? index_counts, float scale, float softcap=0.0) -> (Tensor, Tensor)",
+     abi::Box<bindings::prefill_attention>::call},
+    {"decode_attention",
+     "decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor counts, Tensor positions, "
+     "Tensor? window_start, Tensor? sinks, Tensor? bias, Tensor? index, Tensor? index_counts, "
+     "Tensor(a!)? statistics, float scale, float softcap=0.0, float statistics_decay=1.0, "
+     "bool statistics_max=False) -> (Tensor, Tensor)",
+     abi::Box<bindings::decode_attention>::call},
+    {"column_sums",
+     "column_sums(Tensor q, Tensor k_pages, Tensor table, Tensor counts, Tensor positions, Tensor q_positions, "
+     "Tensor lse, Tensor? window_start, Tensor? bias, Tensor? mask, float scale, float softcap=0.0, int last=0, "
+     "bool reduce_max=False) -> Tensor",
+     abi::Box<bindings::column_sums>::call},
+    {"selection_scores",
+     "selection_scores(Tensor q, Tensor k_pages, Tensor table, Tensor counts, Tensor positions, Tensor first, "
+     "Tensor end, float scale, bool soft=True, bool per_head=False) -> Tensor",
+     abi::Box<bindings::selection_scores>::call},
+    {},
+};
+
+}  // namespace kvcache

@@ -1,0 +1,25 @@
+// Sizes that the callers of the attention kernels and the kernels agree on: work items and scratch memory.
+// `static`: an inline function would be a weak symbol, and the linker might keep the copy of the widest instruction set.
+#pragma once
+#include "kernels.h"
+
+namespace kvcache::cpu {
+
+// Floats of `scratch`: each split's partial result, then the logits when statistics are collected.
+[[maybe_unused]] static int64_t decode_scratch_floats(const AttentionParams& p) {
+  const int64_t queries = int64_t(p.view.rows) * p.query_heads;
+  const int64_t partials = p.splits > 1 ? queries * p.splits * (p.view.v_dim + 3) : 0;
+  const int64_t logits = p.statistics ? queries * (p.index ? p.index_width : p.view.capacity) : 0;
+  return partials + logits;
+}
+
+// Tokens of one prefill work item; a (row, head) has ceil(tokens / block) items.
+[[maybe_unused]] static int32_t prefill_query_block(int32_t query_heads, int32_t heads) {
+  const int32_t group = heads > 0 ? query_heads / heads : 1;
+  return group >= 192 ? 1 : 192 / (group > 0 ? group : 1);
+}
+
+// Slots of one column-sum work item; a (row, head) has ceil(capacity / block) items (those beyond its count are free).
+static constexpr int64_t kColumnBlock = 96;
+
+}  // namespace kvcache::cpu

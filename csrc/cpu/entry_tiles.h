@@ -1,0 +1,211 @@
+// Walks the entries that a head reads in tiles of row pointers, and dots such a tile with all queries of its group.
+// Shared by decode attention and selection scores. Needs convert.inl before it.
+#pragma once
+#include "kernels.h"
+#include "simd.h"
+
+namespace kvcache::cpu::KVCACHE_ISA_NS {
+namespace {
+
+#ifndef TILE
+#define TILE 64
+#endif
+constexpr int kTile = TILE;  // entries; at 128 x float32 a tile of keys and one of values are 32 KB each
+
+// What a walk covers: candidates begin .. end, which are slots, or places in `index` when there is one.
+struct Walk {
+  const PagedView* view;
+  const int32_t* table;      // [table_width]
+  const int32_t* positions;  // [capacity]
+  const int32_t* index;      // [index_count] or null
+  int64_t count;             // entries that the head holds; slots beyond hold garbage
+  int32_t window_start;      // INT32_MIN: no window
+  int64_t next, end;         // candidates still to visit
+  bool keys_only = false;
+
+  bool filtered() const { return index || window_start != INT32_MIN; }
+};
+
+struct Tile {
+  int n;                                    // entries, at most kTile
+  bool contiguous;                          // candidate i is first + i, and so is its slot
+  int64_t first;
+  const char* k[kTile + kLanes];            // rows; the lanes behind n repeat the last one
+  const char* v[kTile + kLanes];
+  int32_t slot[kTile], candidate[kTile];    // filled unless contiguous
+};
+
+inline void finish_rows(Tile& tile) {
+  for (int i = 0; i < kLanes; ++i) {
+    tile.k[tile.n + i] = tile.k[tile.n - 1];
+    tile.v[tile.n + i] = tile.v[tile.n - 1];
+  }
+}
+
+// The next tile of visible entries; false when none is left.
+inline bool next_tile(Walk& walk, Tile& tile) {
+  const PagedView& view = *walk.view;
+  const int64_t size = view.page_size;
+  const int64_t k_bytes = view.k_dim * element_size(view.dtype), v_bytes = view.v_dim * element_size(view.dtype);
+  const char* k_pages = static_cast<const char*>(view.k_pages);
+  const char* v_pages = walk.keys_only ? nullptr : static_cast<const char*>(view.v_pages);
+  tile.n = 0;
+  tile.first = walk.next;
+  tile.contiguous = !walk.filtered();
+  if (tile.contiguous) {
+    int64_t page = walk.next / size, inside = walk.next % size;
+    const int n = int(walk.end - walk.next < kTile ? walk.end - walk.next : kTile);
+    while (tile.n < n) {
+      const int64_t row = walk.table[page] * size + inside;
+      const char* k = k_pages + row * k_bytes;
+      const char* v = v_pages ? v_pages + row * v_bytes : k;
+      for (; inside < size && tile.n < n; ++inside, ++tile.n, k += k_bytes, v += v_bytes) tile.k[tile.n] = k, tile.v[tile.n] = v;
+      inside = 0;
+      ++page;
+    }
+    walk.next += n;
+  } else {
+    for (; walk.next < walk.end && tile.n < kTile; ++walk.next) {
+      const int64_t slot = walk.index ? walk.index[walk.next] : walk.next;
+      if (slot < 0 || slot >= walk.count || walk.positions[slot] < walk.window_start) continue;
+      const int64_t row = walk.table[slot / size] * size + slot % size;
+      tile.k[tile.n] = k_pages + row * k_bytes;
+      tile.v[tile.n] = v_pages ? v_pages + row * v_bytes : tile.k[tile.n];
+      tile.slot[tile.n] = int32_t(slot);
+      tile.candidate[tile.n++] = int32_t(walk.next);
+    }
+  }
+  if (tile.n == 0) return false;
+  finish_rows(tile);
+  return true;
+}
+
+// Queries of one group as float32, scaled, in the lane order of T's chunks and zero behind dim: [group, chunks, kChunk].
+template <class T>
+inline void pack_queries(const Strided4& q, int64_t row, int64_t first_head, int group, int dim, float scale, float* packed) {
+  const int chunks = (dim + kChunk - 1) / kChunk;
+  float plain[256 + kChunk];
+  for (int g = 0; g < group; ++g) {
+    const int64_t offset = row * q.stride[0] + (first_head + g) * q.stride[1];
+    convert_row(plain, DType::kFloat32, static_cast<const char*>(q.data) + offset * element_size(q.dtype), q.dtype, dim);
+    float* target = packed + int64_t(g) * chunks * kChunk;
+    for (int i = 0; i < chunks * kChunk; ++i) {
+      target[i / kChunk * kChunk + Storage<T>::lane(i % kChunk)] = i < dim ? plain[i] * scale : 0.0f;
+    }
+  }
+}
+
+// Dots of H queries with kLanes / H rows: every accumulator is one (query, row) pair, and one transposed sum ends them all.
+template <class T, int H>
+inline void dot_rows(const char* const* rows, const float* q, int dim, float* logits) {
+  constexpr int kRows = kLanes / H;
+  const int chunks = (dim + kChunk - 1) / kChunk, whole = dim / kChunk, rest = dim % kChunk;
+  Vec sums[kLanes] = {};
+  for (int c = 0; c < chunks; ++c) {
+    Vec q0[H], q1[H];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) {
+      q0[h] = load(q + (h * chunks + c) * kChunk);
+      q1[h] = load(q + (h * chunks + c) * kChunk + kLanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      Vec k0, k1;
+      const T* k = reinterpret_cast<const T*>(rows[i]) + c * kChunk;
+      if (c < whole) Storage<T>::load_chunk(k, k0, k1);
+      else Storage<T>::load_first(k, rest, k0, k1);
+#pragma GCC unroll 4
+      for (int h = 0; h < H; ++h) {
+        sums[h * kRows + i] += k0 * q0[h];
+        sums[h * kRows + i] += k1 * q1[h];
+      }
+    }
+  }
+  const Vec sum = transpose_sum(sums);
+  if constexpr (H == 1) {
+    store(logits, sum);
+  } else {
+    float lanes[kLanes];
+    store(lanes, sum);
+    for (int h = 0; h < H; ++h) memcpy(logits + h * kTile, lanes + h * kRows, kRows * 4);
+  }
+}
+
+#ifndef PFHEAD
+#define PFHEAD 4096
+#endif
+#ifndef PFSTEP
+#define PFSTEP 64
+#endif
+#ifndef PFLEVEL
+#define PFLEVEL 2
+#endif
+inline void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += PFSTEP) if ((uintptr_t(row + b) & 4095) < PFHEAD) __builtin_prefetch(row + b, 0, PFLEVEL);
+}
+
+template <class T, int H>
+inline void dot_heads(const Tile& tile, const char* const* ahead, int64_t ahead_bytes, const float* q, int dim, float* logits) {
+  for (int i = 0; i < tile.n; i += kLanes / H) {
+    for (int j = 0; ahead && j < kLanes / H; ++j) prefetch_row(ahead[i + j], ahead_bytes);
+    dot_rows<T, H>(tile.k + i, q, dim, logits + i);
+  }
+}
+
+// logits[group][kTile] = q . k for a tile, -inf behind its entries. Meanwhile the rows `ahead` are fetched.
+template <class T>
+inline void dot_tile(const Tile& tile, const char* const* ahead, int64_t ahead_bytes, const float* q, int group, int dim, float* logits) {
+  const int stride = (dim + kChunk - 1) / kChunk * kChunk;
+  for (int g = 0; g < group;) {
+    const int left = group - g;
+    if (left >= 4) dot_heads<T, 4>(tile, ahead, ahead_bytes, q + g * stride, dim, logits + g * kTile), g += 4;
+    else if (left >= 2) dot_heads<T, 2>(tile, ahead, ahead_bytes, q + g * stride, dim, logits + g * kTile), g += 2;
+    else dot_heads<T, 1>(tile, ahead, ahead_bytes, q + g * stride, dim, logits + g * kTile), g += 1;
+    ahead = nullptr;  // later heads find the rows in the cache
+  }
+  for (int g = 0; g < group && tile.n < kTile; ++g) {
+    for (int i = tile.n; i < kTile; ++i) logits[g * kTile + i] = -kInfinity;
+  }
+}
+
+// Writes a query's output and log-sum-exp; `sums` is [v_dim] in plain order and is used up. `any`: it read an entry.
+inline void finish_query(const AttentionParams& p, int64_t row, int64_t query_head, int64_t token, bool any, float peak, float mass,
+                         float* sums) {
+  const int dim = p.view.v_dim;
+  if (p.sinks && any) {
+    const float sink = p.sinks[query_head] * kLog2E, top = sink > peak ? sink : peak;
+    const float shrink = peak == -kInfinity ? 0.0f : exp2f(peak - top);
+    mass = mass * shrink + (top == -kInfinity ? 0.0f : exp2f(sink - top));
+    for (int i = 0; i < dim; ++i) sums[i] *= shrink;
+    peak = top;
+  }
+  const float factor = mass == 0 ? 0.0f : 1.0f / mass;
+  for (int i = 0; i < dim; ++i) sums[i] *= factor;
+  const int64_t place = (row * p.tokens + token) * p.query_heads + query_head;
+  convert_row(static_cast<char*>(p.out) + place * dim * element_size(p.q.dtype), p.q.dtype, sums, DType::kFloat32, dim);
+  p.lse[(row * p.query_heads + query_head) * p.tokens + token] = mass == 0 ? -kInfinity : (peak + log2f(mass)) * kLn2;
+}
+
+// All candidates of one (row, head), without a window.
+inline Walk head_walk(const AttentionParams& p, int64_t item) {
+  const int64_t row = item / p.view.heads, head = item % p.view.heads;
+  const int64_t list = row * p.index_heads + (p.index_heads == 1 ? 0 : head);
+  Walk walk;
+  walk.view = &p.view;
+  walk.table = p.view.table + item * p.view.table_width;
+  walk.positions = p.view.positions + item * p.view.capacity;
+  walk.index = p.index ? p.index + list * p.index_width : nullptr;
+  walk.count = p.view.counts[item];
+  walk.window_start = INT32_MIN;
+  walk.next = 0;
+  walk.end = p.index ? p.index_counts[list] : walk.count;
+  return walk;
+}
+
+// The head of a [rows, 1 | heads | query_heads, ...] argument that a query head reads.
+inline int64_t shared_head(int32_t argument_heads, const AttentionParams& p, int64_t head, int64_t query_head) {
+  return argument_heads == 1 ? 0 : argument_heads == p.query_heads ? query_head : head;
+}
+
+}  // namespace
+}  // namespace kvcache::cpu::KVCACHE_ISA_NS

@@ -1,0 +1,85 @@
+// All CPU kernels for one instruction set. CMake compiles this file once per set with KVCACHE_ISA_NS, KVCACHE_ISA_NAME
+// and the compiler's flags. Nothing here may leave a symbol that another translation unit could share (an inline function,
+// a template of the standard library): the linker might keep the copy with the widest instructions for everybody. Hence:
+// C headers only, everything static or in the set's namespace. tests/bindings/test_abi.py checks the objects' symbols.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+// clang-format off: the order matters
+#include "convert.inl"
+#include "append.inl"
+#include "copy_pages.inl"
+#include "compact.inl"
+#include "overwrite.inl"
+#include "topk.inl"
+#include "choose_victims.inl"
+#if __has_include("decode_attention.inl")
+#include "decode_attention.inl"
+#define HAVE_decode_attention
+#endif
+#if __has_include("prefill_attention.inl")
+#include "prefill_attention.inl"
+#define HAVE_prefill_attention
+#endif
+#if __has_include("column_sums.inl")
+#include "column_sums.inl"
+#define HAVE_column_sums
+#endif
+#if __has_include("selection_scores.inl")
+#include "selection_scores.inl"
+#define HAVE_selection_scores
+#endif
+#if __has_include("probe.inl")
+#include "probe.inl"
+#define HAVE_probe
+#endif
+// clang-format on
+
+namespace kvcache::cpu::KVCACHE_ISA_NS {
+
+extern const Table table;  // declared first: a const object is otherwise private to this file
+const Table table = {
+    .isa = KVCACHE_ISA_NAME,
+    .append = append,
+    .copy_pages = copy_pages,
+    .compact = compact,
+    .overwrite = overwrite,
+#ifdef HAVE_decode_attention
+    .decode_attention = decode_attention,
+    .decode_combine = decode_combine,
+#else
+    .decode_attention = nullptr,
+    .decode_combine = nullptr,
+#endif
+#ifdef HAVE_prefill_attention
+    .prefill_attention = prefill_attention,
+#else
+    .prefill_attention = nullptr,
+#endif
+#ifdef HAVE_column_sums
+    .column_sums = column_sums,
+#else
+    .column_sums = nullptr,
+#endif
+#ifdef HAVE_selection_scores
+    .selection_logits = selection_logits,
+    .selection_vote = selection_vote,
+#else
+    .selection_logits = nullptr,
+    .selection_vote = nullptr,
+#endif
+    .topk = topk,
+    .choose_victims = choose_victims,
+#ifdef HAVE_probe
+    .probe_read = probe_read,
+    .probe_fma = probe_fma,
+#else
+    .probe_read = nullptr,
+    .probe_fma = nullptr,
+#endif
+};
+
+}  // namespace kvcache::cpu::KVCACHE_ISA_NS

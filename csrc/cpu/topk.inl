@@ -1,0 +1,100 @@
+// topk: radix select. A candidate's rank is the pair (score, low position first), seen as a 64-bit key; the k-th largest
+// key is found digit by digit over 11-bit digits, score first, then position only where scores tie at the border. Every
+// pass reads the scores or positions of one head once: O(n), no scratch, no dependence on the order of the entries.
+namespace kvcache::cpu::KVCACHE_ISA_NS {
+
+// Order-preserving map of a score to unsigned: larger is better; NaN ranks with -inf, -0 with 0.
+static inline uint32_t score_key(float score) {
+  uint32_t bits = float_bits(score);
+  bits = (bits & 0x7fffffff) > 0x7f800000 ? 0xff800000 : bits;
+  bits = bits == 0x80000000 ? 0 : bits;
+  return bits ^ (bits & 0x80000000 ? 0xffffffff : 0x80000000);
+}
+
+// A low position is better.
+static inline uint32_t position_key(int32_t position) { return ~(uint32_t(position) ^ 0x80000000); }
+
+static inline bool is_candidate(int32_t position, int32_t first, int32_t end) {
+  return (position >= first) & (position < end);
+}
+
+struct Border {
+  uint32_t score, position;  // keys of the k-th best candidate
+  int64_t equal;             // how many candidates with exactly these keys are taken
+};
+
+// scores, positions [n]; 0 < k < number of candidates.
+static Border find_border(const float* scores, const int32_t* positions, int64_t n, int32_t first, int32_t end, int64_t k) {
+  enum { kBits = 11, kBuckets = 1 << kBits };
+  static const int shifts[] = {21, 10, 0}, widths[] = {11, 11, 10};
+  uint32_t histogram[kBuckets];
+  Border border = {0, 0, k};
+  for (int phase = 0; phase < 2; ++phase) {
+    uint32_t known = 0, mask = 0;  // the digits found so far and where they are
+    int64_t inside = 0;
+    for (int digit = 0; digit < 3; ++digit) {
+      const int shift = shifts[digit];
+      const uint32_t low = (1u << widths[digit]) - 1;
+      memset(histogram, 0, sizeof histogram);
+      for (int64_t i = 0; i < n; ++i) {
+        const uint32_t score = score_key(scores[i]);
+        const uint32_t key = phase == 0 ? score : position_key(positions[i]);
+        const bool alive = is_candidate(positions[i], first, end) & (phase == 0 || score == border.score);
+        histogram[key >> shift & low] += alive & ((key & mask) == known);
+      }
+      uint32_t bucket = low;
+      while (histogram[bucket] < border.equal) border.equal -= histogram[bucket--];
+      known |= bucket << shift;
+      mask |= low << shift;
+      inside = histogram[bucket];
+    }
+    if (phase == 0) {
+      border.score = known;
+      if (inside == border.equal) break;  // no tie is cut: all of them stay, whatever their position (key >= 0)
+    } else {
+      border.position = known;
+    }
+  }
+  return border;
+}
+
+static void topk(const TopKParams& p, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item / p.heads, head = item % p.heads;
+    const float* scores = p.scores + row * p.scores_stride[0] + head * p.scores_stride[1];                // [capacity]
+    const int32_t* positions = p.positions + row * p.positions_stride[0] + head * p.positions_stride[1];  // [capacity]
+    const int32_t first = p.first[row], last = p.end[row];
+    const int64_t n = p.counts[row * p.counts_stride[0] + head * p.counts_stride[1]];
+    const int64_t k = p.k[row * p.k_stride[0] + head * p.k_stride[1]];
+    int32_t* index = p.index + item * p.width;  // [width]
+    int64_t candidates = 0;
+    for (int64_t i = 0; i < n; ++i) candidates += is_candidate(positions[i], first, last);
+    const int64_t best = k < 0 ? 0 : k < candidates ? k : candidates;
+    const int64_t total = n - candidates + best;
+    p.index_counts[item] = int32_t(total);
+    if (total > p.width) continue;  // the caller reports it
+    int64_t taken = 0;
+    if (best == candidates) {
+      for (; taken < n; ++taken) index[taken] = int32_t(taken);
+    } else if (best == 0) {
+      for (int64_t i = 0; i < n; ++i) {
+        if (!is_candidate(positions[i], first, last)) index[taken++] = int32_t(i);
+      }
+    } else {
+      Border border = find_border(scores, positions, n, first, last, best);
+      for (int64_t i = 0; i < n; ++i) {
+        const uint32_t score = score_key(scores[i]), position = position_key(positions[i]);
+        bool take = !is_candidate(positions[i], first, last) | (score > border.score) |
+                    ((score == border.score) & (position > border.position));
+        if (!take && score == border.score && position == border.position && border.equal > 0) {
+          take = true;
+          --border.equal;
+        }
+        if (take) index[taken++] = int32_t(i);
+      }
+    }
+    for (; taken < p.width; ++taken) index[taken] = -1;
+  }
+}
+
+}  // namespace kvcache::cpu::KVCACHE_ISA_NS

@@ -1,0 +1,50 @@
+"""kvcache: a paged, policy-driven KV cache for Hugging Face models.
+
+>>> import kvcache
+>>> kvcache.wrap(model, policy="h2o(heavy=0.1, recent=0.1)")  # doctest: +SKIP
+>>> out = model.generate(**inputs, return_dict_in_generate=True)  # doctest: +SKIP
+>>> print(out.past_key_values.report())  # doctest: +SKIP
+"""
+
+import torch  # noqa: F401  # first: _C looks torch's functions up in the process
+
+from . import ops
+from ._C import OutOfPages, PagePool
+from .cache import KVCache
+from .engine import LayerView, PromptTooLong
+from .policies import (
+    H2O,
+    Full,
+    Policy,
+    RandomEviction,
+    Selection,
+    SkipDecode,
+    StreamingLLM,
+    TokenSelect,
+    parse_policy,
+)
+from .report import Report
+from .wrap import unwrap, wrap
+
+__version__ = "0.1.0"
+__all__ = [
+    "H2O",
+    "Full",
+    "KVCache",
+    "LayerView",
+    "OutOfPages",
+    "PagePool",
+    "Policy",
+    "PromptTooLong",
+    "RandomEviction",
+    "Report",
+    "Selection",
+    "SkipDecode",
+    "StreamingLLM",
+    "TokenSelect",
+    "__version__",
+    "ops",
+    "parse_policy",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,136 @@
+"""The attention and mask functions registered with transformers under the name ``kvcache``.
+
+``update()`` of a cache layer returns the new tokens' keys and values with a handle to the layer on both; the attention
+function finds its layer through it. While no kvcache forward is under way (``use_cache=False``, training, a cache of
+another kind) both functions are what the model used before.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .engine import Attention, Layer
+
+if TYPE_CHECKING:
+    from .cache import KVCache
+
+NAME = "kvcache"  # plain on purpose: "flash" or "paged|" in a name changes transformers' behaviour
+HANDLE = "_kvcache_layer"
+
+
+@dataclass
+class Frame:
+    """The forward that is under way in this thread: its cache (None: dense), the implementation that the model had
+    before, the module whose hook opened it, and the forward of another model that it interrupts."""
+
+    cache: KVCache | None
+    original: str
+    model: nn.Module
+    opener: nn.Module
+    previous: Frame | None
+
+
+_local = threading.local()
+
+
+def current_frame() -> Frame | None:
+    return getattr(_local, "frame", None)
+
+
+def set_frame(frame: Frame | None) -> None:
+    _local.frame = frame
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer over its pages; signature and result as transformers' attention functions have them.
+
+    query [R, Hq, T, D]; key, value: what ``update()`` returned (or what the model made of it). Returns
+    ``(out [R, T, Hq, Dv], None)``.
+    """
+    frame = current_frame()
+    layer: Layer | None = getattr(key, HANDLE, None)
+    dense = None
+    if frame is None or frame.cache is None:
+        options = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+        given = {k: v for k, v in options.items() if v is not None}
+        return _original(module, frame)(
+            module, query, key, value, attention_mask, scaling=scaling, **given, **kwargs
+        )
+    if layer is None or getattr(value, HANDLE, None) is not layer:
+        layer = frame.cache.materialised_layer(getattr(module, "layer_idx", None), key, value, type(module).__name__)
+        dense = (key, value)
+    if position_bias is not None:
+        raise ValueError(f"{type(module).__name__} passes position_bias, which kvcache does not support yet")
+    ask = Attention(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=float(softcap or 0.0),
+        sinks=None if s_aux is None else s_aux.detach().float().reshape(-1),
+        mask=None if attention_mask is None else _as_bool(attention_mask),
+    )
+    with torch.no_grad():
+        return layer.engine.attend(layer, query, ask, dense), None
+
+
+def paged_mask(*args: Any, mask_function: Callable = causal_mask_function, **kwargs: Any) -> Tensor | None:
+    """None for causal and sliding patterns, which the engine applies itself; else the exact mask over seen columns."""
+    frame = current_frame()
+    if frame is None or frame.cache is None:
+        name = "sdpa" if frame is None else frame.original
+        return AttentionMaskInterface._global_mapping.get(name, sdpa_mask)(*args, mask_function=mask_function, **kwargs)
+    if _is_plain(mask_function):
+        return None
+    return sdpa_mask(*args, mask_function=mask_function, **{**kwargs, "allow_is_causal_skip": False})
+
+
+def _is_plain(mask_function: Callable) -> bool:
+    """Whether a mask function is causal, alone or overlaid with a sliding window: told by its structure."""
+    parts = [mask_function]
+    if getattr(mask_function, "__qualname__", "").startswith("and_masks."):
+        parts = list(mask_function.__closure__[0].cell_contents)  # type: ignore[index]
+    return all(
+        p is causal_mask_function or getattr(p, "__qualname__", "").startswith("sliding_window_overlay.") for p in parts
+    )
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    """A 4D mask as bool (True: visible); an additive one must be 0 or hide."""
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not bool((hidden | (mask == 0)).all()):
+        raise ValueError("attention_mask adds values other than 0 and -inf to the logits, which kvcache does not support")
+    return ~hidden
+
+
+def _original(module: nn.Module, frame: Frame | None) -> Callable:
+    """The attention function that the model would use without kvcache."""
+    name = "sdpa" if frame is None else frame.original
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if name == "eager" and eager is not None:
+        return eager
+    return ALL_ATTENTION_FUNCTIONS["sdpa" if name in ("eager", NAME) else name]
+
+
+AttentionInterface.register(NAME, paged_attention)
+AttentionMaskInterface.register(NAME, paged_mask)

@@ -1,0 +1,791 @@
+"""The one order of a layer's step: append, select, attend and collect statistics; then, after the last layer, evict.
+
+The engine owns the order and the bookkeeping that must never differ between policies: padding is not stored, seen is
+not kept, scores count only accepted queries, evicting happens between forwards. It knows neither transformers nor
+the layout of pages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from . import ops
+from .policies.base import Policy, Selection
+from .store import LayerStore, PageStorage
+
+if TYPE_CHECKING:
+    from .rotation import Rotation
+
+FAR = torch.iinfo(torch.int32).max
+KV = ("keys", "values")
+
+
+@dataclass
+class Step:
+    """One forward of the model: which tokens it brings and where they stand.
+
+    ``positions`` [R, T] int32 counts the real tokens of each row, -1 marks padding; ``reach`` [R, T] int32 is the last
+    position that each query may read: its own, or for padding that of the real token before it (its output is what
+    generation continues from when a row is padded on the right). ``before`` and ``after`` [R] int32 are the real
+    tokens of each row before and after this forward; ``added`` is their difference, as numpy.
+    """
+
+    start: int
+    tokens: int
+    rows: int
+    positions: Tensor
+    reach: Tensor
+    before: Tensor
+    after: Tensor
+    added: np.ndarray
+    real: Tensor | None  # bool [R, start + T], which columns hold real tokens; None: all
+    prompt: bool
+    routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
+    _starts: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some token of this forward is padding."""
+        return int(self.added.sum()) != self.rows * self.tokens
+
+    def window_start(self, window: int, ahead: int = 0) -> Tensor:
+        """First position that each query may read, [R, T] int32; ``ahead=1``: the query one column later.
+
+        Windows are measured in columns, padding included, as transformers' masks do.
+        """
+        key = window * 2 + ahead
+        if key not in self._starts:
+            column = torch.arange(self.start, self.start + self.tokens) + (ahead + 1 - window)
+            column = column.clamp(min=0)
+            if self.real is None:
+                start = column.int().expand(self.rows, -1)
+            else:
+                passed = torch.nn.functional.pad(self.real.int().cumsum(1, dtype=torch.int32), (1, 0))
+                start = passed[:, column.clamp(max=passed.shape[1] - 1)]
+            self._starts[key] = start.contiguous()
+        return self._starts[key]
+
+    def column_of(self, positions: Tensor) -> Tensor:
+        """Column of each position: int64 like ``positions`` [R, ...]."""
+        if self.real is None:
+            return positions.long()
+        order = torch.argsort(~self.real, dim=1, stable=True)  # real columns first, in order
+        flat = positions.reshape(positions.shape[0], -1).long().clamp(0, order.shape[1] - 1)
+        return order.gather(1, flat).view(positions.shape)
+
+
+@dataclass
+class Pages:
+    """What attention reads: a layer's own pages, or dense keys and values seen as one page per (row, head)."""
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    counts: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, store: LayerStore) -> Pages:
+        s = store.storage
+        return cls(s.k_pages, s.v_pages, store.table, store.counts, store.positions)
+
+    @classmethod
+    def dense(cls, k: Tensor, v: Tensor, counts: Tensor, positions: Tensor) -> Pages:
+        """k [R, H, n, Dk], v [R, H, n, Dv], counts [R, h], positions [R, h, n] with h dividing H."""
+        rows, heads, width, _ = k.shape
+        spread = heads // counts.shape[1]
+        table = torch.arange(rows * heads, dtype=torch.int32, device=k.device).view(rows, heads, 1)
+        return cls(
+            k.reshape(rows * heads, width, -1).contiguous(),
+            v.reshape(rows * heads, width, -1).contiguous(),
+            table,
+            counts.repeat_interleave(spread, 1).contiguous(),
+            positions[..., :width].repeat_interleave(spread, 1).contiguous(),
+        )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the model asks of one attention call besides q, k, v."""
+
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    mask: Tensor | None = None  # bool [R, 1 | heads, T, columns seen]
+
+
+class Layer:
+    """One layer of a cache: its entries and what its policy remembers."""
+
+    def __init__(self, engine: Engine, index: int, window: int | None) -> None:
+        self.engine, self.index, self.window = engine, index, window
+        self.store: LayerStore | None = None
+        self.group = 1
+        self.state: dict[str, Any] = {}
+        self.counters: Counter[str] = Counter()
+        self.budgets: Tensor | None = None  # [R, H] int32, set when a prompt ends
+        self.recent: Tensor | None = None  # [R] int32
+        self.smallest_budget = FAR
+        self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]] = []
+        self.was_empty = True
+        self.new: tuple[Tensor, Tensor] | None = None
+
+    def view(self) -> LayerView:
+        return LayerView(self)
+
+
+class LayerView:
+    """A layer as a policy sees it. Tensors are views: read them, do not write them.
+
+    ``counts`` [rows, heads] int32; ``positions`` and ``scores`` [rows, heads, capacity] (slots at or beyond the count
+    are garbage); ``tokens`` [rows] int32: real tokens of each row so far; ``prompt_tokens`` [rows] int32: the same
+    when the last prompt ended; ``state``: the policy's own memory of this layer, a dict of values and of tensors whose
+    first dimension is the row.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        assert layer.store is not None
+        self._layer, self._store = layer, layer.store
+
+    index = property(lambda self: self._layer.index, doc="Index of the decoder layer.")
+    rows = property(lambda self: self._store.rows, doc="Rows of the batch.")
+    heads = property(lambda self: self._store.heads, doc="Key-value heads.")
+    group = property(lambda self: self._layer.group, doc="Query heads per kv head.")
+    counts = property(lambda self: self._store.counts)
+    positions = property(lambda self: self._store.positions)
+    scores = property(lambda self: self._store.columns[0])
+    tokens = property(lambda self: self._layer.engine.tokens)
+    prompt_tokens = property(lambda self: self._layer.engine.prompt_tokens)
+    num_layers = property(lambda self: len(self._layer.engine.layers))
+    state = property(lambda self: self._layer.state)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token costs in all layers, heads and rows."""
+        stores = [x.store for x in self._layer.engine.layers if x.store is not None]
+        return self.rows * sum(s.heads * s.storage.token_bytes for s in stores)
+
+    def column(self, name: str) -> Tensor:
+        """A declared side column, [rows, heads, capacity] float32."""
+        return self._store.columns[self._store.column_names.index(name)]
+
+    def keys(self) -> Tensor:
+        """Dense copy of the keys by slot, [rows, heads, max count, Dk]; as rotated by the model; dead slots are 0."""
+        return self._store.gather("keys")
+
+    def values(self) -> Tensor:
+        """Dense copy of the values by slot, [rows, heads, max count, Dv]; dead slots are 0."""
+        return self._store.gather("values")
+
+    def count(self, event: str, times: int = 1) -> None:
+        """Add to an event counter that ``cache.report()`` shows."""
+        self._layer.counters[event] += times
+
+    def vote(self, query: Tensor, first: Tensor, end: Tensor, *, soft: bool = True, scale: float = 1.0) -> Tensor:
+        """Votes [rows, 1, capacity] of all query heads of ``query`` [rows, query_heads, Dk]: see ops.selection_scores."""
+        s = self._store
+        return ops.selection_scores(
+            query, s.storage.k_pages, s.table, s.counts, s.positions, first, end, scale, soft, False
+        )
+
+    def top(self, scores: Tensor, k: Tensor, first: Tensor, last: Tensor, end: Tensor, width: int) -> Selection:
+        """The ``k`` best of the entries at positions [first, last), all before ``first`` and all in [last, end)."""
+        s = self._store
+        counts = torch.minimum(s.counts[:, :1], end[:, None]).contiguous()
+        return Selection(*ops.topk(scores, counts, s.positions[:, :1].contiguous(), k, first, last, width))
+
+
+class Engine:
+    """The layers of one cache and the steps they take together."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        windows: list[int | None],
+        *,
+        page_size: int,
+        kv_dtype: torch.dtype | None,
+        max_tokens: int | None,
+        rotation: Rotation | None = None,
+    ) -> None:
+        self.policy = policy
+        self.page_size, self.kv_dtype, self.max_tokens = page_size, kv_dtype, max_tokens
+        self.rotation = rotation
+        self.layers = [Layer(self, i, w) for i, w in enumerate(windows)]
+        self.storages: dict[tuple, PageStorage] = {}
+        self.seen = 0
+        self.tokens = torch.zeros(0, dtype=torch.int32)
+        self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
+        self.real: Tensor | None = None
+        self.recording = False
+        self.prompt_length: int | None = None  # columns of a prompt that arrives in chunks
+        self.unplanned = False  # a prompt has been read and no budget was fixed since
+        self.step: Step | None = None
+
+    # -- begin: everything that can be refused is refused here -----------------------------------------------------
+
+    def begin(self, rows: int, tokens: int, mask: Tensor | None) -> None:
+        """Open a forward of ``tokens`` new columns. ``mask`` [rows, seen + tokens] bool: which columns are real.
+
+        Raises ValueError for a mask that does not fit and OutOfPages when the tokens cannot be stored; nothing has
+        changed then.
+        """
+        known = len(self.tokens)
+        if known and known != rows:
+            raise ValueError(f"input_ids has {rows} rows, but the cache holds {known}")
+        if tokens == 0:
+            raise ValueError("input_ids is empty: a forward needs at least one new token")
+        before = self.tokens if known else torch.zeros(rows, dtype=torch.int32)
+        real, new = self._real_columns(rows, tokens, mask)
+        if new is None:
+            after = before + tokens
+            step = torch.arange(tokens, dtype=torch.int32)
+            reach = positions = before[:, None] + step
+            added = np.full(rows, tokens, np.int32)
+        else:
+            count = new.cumsum(1, dtype=torch.int32)
+            after = before + count[:, -1]
+            reach = before[:, None] + count - 1
+            positions = torch.where(new, reach, -1)
+            added = count[:, -1].contiguous().numpy()
+        prompt = self.seen == 0 or (tokens > 1 and not self.recording) or self._prompt_left > 0
+        step_ = Step(self.seen, tokens, rows, positions, reach, before, after, added, real, prompt)
+        self._route(step_)
+        self._reserve(step_)
+        self.step = step_
+
+    @property
+    def _prompt_left(self) -> int:
+        return 0 if self.prompt_length is None else self.prompt_length - self.seen
+
+    def _real_columns(self, rows: int, tokens: int, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Real columns [R, seen + T] (None: all) and those of the new tokens [R, T] (None: all)."""
+        total = self.seen + tokens
+        if mask is not None:
+            if mask.shape != (rows, total):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, but {rows} rows of {self.seen} seen and {tokens} "
+                    f"new tokens need ({rows}, {total})"
+                )
+            past = mask[:, : self.seen]
+            same = bool(past.all()) if self.real is None else torch.equal(past, self.real)
+            if not same:
+                raise ValueError("attention_mask differs from before in columns that are already cached")
+            if bool(mask[:, self.seen :].all()):
+                mask = None
+        if mask is None:
+            if self.real is None:
+                return None, None
+            return torch.nn.functional.pad(self.real, (0, tokens), value=True), None
+        return mask, mask[:, self.seen :]
+
+    def _route(self, step: Step) -> None:
+        if not self.policy.schedules:
+            return
+        for layer in self.layers:
+            active = self.policy.active(layer.index, len(self.layers), step.positions, step.prompt)
+            if active is not None and not bool((active | (step.positions < 0)).all()):
+                step.routed[layer.index] = active & (step.positions >= 0)
+
+    def _added(self, step: Step, layer: Layer) -> np.ndarray:
+        active = step.routed.get(layer.index)
+        return step.added if active is None else active.sum(1, dtype=torch.int32).numpy()
+
+    def _reserve(self, step: Step) -> None:
+        """Reserve the pages of the whole forward, or raise."""
+        needs: dict[PageStorage, int] = {}
+        for layer in self.layers:
+            if layer.store is not None:
+                storage = layer.store.storage
+                needs[storage] = needs.get(storage, 0) + layer.store.pages_needed(self._added(step, layer))
+        for storage, pages in needs.items():
+            storage.reserve(pages)
+        if self.max_tokens is not None and not needs and int(step.added.sum()) > self.max_tokens:
+            raise PromptTooLong(
+                f"the prompt has {int(step.added.sum())} tokens (all rows together), more than max_tokens={self.max_tokens}"
+            )
+
+    # -- append -----------------------------------------------------------------------------------------------------
+
+    def append(self, layer: Layer, k: Tensor, v: Tensor, step: Step) -> None:
+        """Store the new tokens' k [R, H, T, Dk] and v [R, H, T, Dv] in ``layer``."""
+        fresh = layer.store is None  # begin() could not reserve pages for it
+        if fresh:
+            self._open(layer, k, v)
+        store = layer.store
+        assert store is not None
+        layer.was_empty = store.max_count == 0
+        active = step.routed.get(layer.index)
+        positions = step.positions if active is None else torch.where(active, step.positions, -1)
+        if self.rotation is not None:
+            k = self.rotation.unrotate(k, step.positions)
+        new_columns = None
+        if self.policy.columns:
+            values = self.policy.append_columns(layer.view(), k, v)
+            zero = k.new_zeros(k.shape[:3], dtype=torch.float32)
+            new_columns = torch.stack([zero, *(values[name].float() for name in self.policy.columns)])
+        spare = None
+        if fresh:
+            # The first layer's growth makes room for the others too, so that the pool is not copied once per layer.
+            spare = store.pages_needed(step.added) * (len(self.layers) - layer.index)
+            spare += spare // 8
+        store.append(k, v, positions, self._added(step, layer), new_columns, spare)
+
+    def _open(self, layer: Layer, k: Tensor, v: Tensor) -> None:
+        dtype = self.kv_dtype or k.dtype
+        key = (k.shape[-1], v.shape[-1], dtype, k.device)
+        storage = self.storages.get(key)
+        if storage is None:
+            storage = self.storages[key] = PageStorage(self.page_size, k.shape[-1], v.shape[-1], dtype, k.device)
+        layer.store = LayerStore(storage, k.shape[0], k.shape[1], self.policy.columns)
+        if self.max_tokens is not None:
+            # One partly filled page per row on top of what the tokens themselves fill.
+            pages = layer.store.heads * (-(-self.max_tokens // self.page_size) + layer.store.rows - 1)
+            storage.limit = (storage.limit or 0) + pages
+
+    # -- attend -----------------------------------------------------------------------------------------------------
+
+    def attend(self, layer: Layer, q: Tensor, ask: Attention, dense: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attention output [R, T, Hq, Dv] of q [R, Hq, T, D] over the layer's entries, new ones included.
+
+        ``dense``: keys and values of all entries in slot order as the model transformed them after the append
+        (materialised layers); without it the layer's pages are read.
+        """
+        step, store = self.step, layer.store
+        assert step is not None and store is not None
+        pages = Pages.of(store) if dense is None else Pages.dense(*dense, store.counts, store.positions)
+        layer.group = q.shape[1] // pages.counts.shape[1]
+        active = step.routed.get(layer.index)
+        positions, reach = step.positions, step.reach
+        if active is not None:
+            positions, reach = torch.where(active, positions, -1), torch.where(active, reach, -1)
+        selecting = self.policy.selects and layer.window is None
+        if self.rotation is not None:
+            return self._attend_compact(layer, q, positions, reach, ask, selecting)
+        mask = self._slot_mask(step, pages, ask.mask)
+        start = None if layer.window is None else step.window_start(layer.window)
+        if step.tokens == 1 and mask is None and active is None and not step.padded and not self.recording:
+            return self._decode(layer, pages, q, positions, start, ask, selecting)
+        if selecting:
+            return self._prefill_selected(layer, pages, q, positions, reach, ask)
+        if self._is_plain(layer, step, ask, dense):
+            assert layer.new is not None
+            out = scaled_dot_product_attention(
+                q, *layer.new, is_causal=step.tokens > 1, scale=ask.scale, enable_gqa=layer.group > 1
+            )
+            return out.transpose(1, 2)
+        out, lse = ops.prefill_attention(
+            q, pages.k, pages.v, pages.table, pages.counts, pages.positions, reach, start, ask.sinks, None, mask,
+            None, None, ask.scale, ask.softcap,
+        )  # fmt: skip
+        if self.policy.needs:
+            if self.recording:
+                layer.pending.append((q, positions, lse, start, mask, ask))
+            else:
+                self._collect(layer, pages, q, positions, lse, start, mask, ask)
+        return out
+
+    def _is_plain(self, layer: Layer, step: Step, ask: Attention, dense: object) -> bool:
+        """Whether torch's dense causal attention over the new tokens alone is the answer."""
+        return (
+            layer.was_empty
+            and layer.new is not None
+            and dense is None
+            and not self.policy.needs
+            and not step.padded
+            and layer.index not in step.routed
+            and ask.mask is None
+            and ask.sinks is None
+            and ask.softcap == 0.0
+            and (layer.window is None or step.tokens <= layer.window)
+            and (self.kv_dtype is None or self.kv_dtype == layer.new[0].dtype)
+        )
+
+    def _decode(
+        self,
+        layer: Layer,
+        pages: Pages,
+        q: Tensor,
+        positions: Tensor,
+        start: Tensor | None,
+        ask: Attention,
+        selecting: bool,
+    ) -> Tensor:
+        selection = self.policy.select(layer.view(), q, positions) if selecting else None
+        policy, statistics = self.policy, None
+        assert layer.store is not None
+        # Materialised layers may attend with more heads, in other slots, than they store: collected aside, then added.
+        aside = pages.k is not layer.store.storage.k_pages
+        if policy.needs:
+            statistics = torch.zeros(pages.positions.shape, device=q.device) if aside else layer.store.columns[0]
+        keep = 0.0 if "last_attention" in policy.needs else 1.0
+        out, _ = ops.decode_attention(
+            q[:, :, 0], pages.k, pages.v, pages.table, pages.counts, pages.positions,
+            None if start is None else start[:, 0].contiguous(), ask.sinks, None,
+            None if selection is None else selection.index, None if selection is None else selection.counts,
+            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max",
+        )  # fmt: skip
+        if statistics is not None and aside:
+            self._add_scores(layer, statistics, keep)
+        return out[:, None]
+
+    def _chunks(
+        self, q: Tensor, positions: Tensor, reach: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor | None]:
+        """Queries in the chunks that a selecting policy wants: (q, positions to select for, reach) each.
+
+        Cut by position, real queries first, so that padding moves no boundary; also the order that did it, or None.
+        """
+        order = None
+        if bool((positions < 0).any()):
+            order = torch.argsort(positions < 0, dim=1, stable=True)
+            q = q.gather(2, order[:, None, :, None].expand(q.shape))
+            positions, reach = positions.gather(1, order), reach.gather(1, order)
+        chunk = self.policy.prefill_chunk or q.shape[2]
+        parts = []
+        for a in range(0, q.shape[2], chunk):
+            own, limit = positions[:, a : a + chunk], reach[:, a : a + chunk].contiguous()
+            # A chunk of nothing but padding after the prompt votes for what its continuation will read.
+            voting = torch.where((own >= 0).any(1, keepdim=True), own, limit)
+            parts.append((q[:, :, a : a + chunk], voting.contiguous(), limit))
+        return parts, order
+
+    @staticmethod
+    def _join(outs: list[Tensor], order: Tensor | None) -> Tensor:
+        out = torch.cat(outs, 1)
+        if order is None:
+            return out
+        return torch.empty_like(out).scatter_(1, order[:, :, None, None].expand(out.shape), out)
+
+    def _prefill_selected(
+        self, layer: Layer, pages: Pages, q: Tensor, positions: Tensor, reach: Tensor, ask: Attention
+    ) -> Tensor:
+        """Many queries under a selecting policy, chunk by chunk."""
+        parts, order = self._chunks(q, positions, reach)
+        outs = []
+        for part, voting, limit in parts:
+            selection = self.policy.select(layer.view(), part, voting)
+            out, _ = ops.prefill_attention(
+                part, pages.k, pages.v, pages.table, pages.counts, pages.positions, limit, None, ask.sinks, None,
+                None, None if selection is None else selection.index,
+                None if selection is None else selection.counts, ask.scale, ask.softcap,
+            )  # fmt: skip
+            outs.append(out)
+        return self._join(outs, order)
+
+    def _attend_compact(
+        self, layer: Layer, q: Tensor, positions: Tensor, reach: Tensor, ask: Attention, selecting: bool
+    ) -> Tensor:
+        """Attention with clipped compact positions: entries and queries are rotated by their place in the list.
+
+        Source: TokenSelect, arXiv 2411.02886, section 4.3; official code patcher/token_retrieval.py.
+        """
+        rotation, store = self.rotation, layer.store
+        assert rotation is not None and store is not None
+        if ask.mask is not None:
+            raise ValueError("positions='compact' works with causal attention only, but the model passes a mask")
+        parts, order = self._chunks(rotation.unrotate(q, positions.clamp(min=0)), positions, reach)
+        outs = []
+        for part, voting, limit in parts:
+            rows, tokens = limit.shape
+            selection = None
+            if selecting:
+                place = torch.arange(tokens, dtype=torch.int32).expand(rows, -1) + self.policy.query_place
+                selection = self.policy.select(layer.view(), rotation.rotate(part, place), voting)
+            end = limit.amax(1) + 1
+            if selection is None:
+                counts = end[:, None]
+                index = torch.arange(int(end.max()), dtype=torch.int32).expand(rows, 1, -1)
+            else:
+                counts = selection.counts
+                index = selection.index[..., : int(counts.max())]
+            slots = index.clamp(min=0).long()[..., None].expand(-1, store.heads, -1, -1)
+            keys, values = (x.gather(2, slots.expand(*slots.shape[:3], x.shape[3])) for x in map(store.gather, KV))
+            place = torch.arange(index.shape[2], dtype=torch.int32).expand(rows, -1)
+            listed = Pages.dense(
+                rotation.rotate(keys, place),
+                values,
+                counts.expand(-1, store.heads),
+                place[:, None].expand(-1, store.heads, -1),
+            )
+            # The list ends with the newest token, so a query's place is counted from its end.
+            place = torch.where(limit >= 0, limit - end[:, None] + counts, -1).contiguous()
+            out, _ = ops.prefill_attention(
+                rotation.rotate(part, place.clamp(min=0)), listed.k, listed.v, listed.table, listed.counts,
+                listed.positions, place, None, ask.sinks, None, None, None, None, ask.scale, ask.softcap,
+            )  # fmt: skip
+            outs.append(out)
+        return self._join(outs, order)
+
+    def _slot_mask(self, step: Step, pages: Pages, mask: Tensor | None) -> Tensor | None:
+        """A mask over seen columns [R, m, T, columns] as one over slots [R, m | heads, T, capacity]."""
+        if mask is None:
+            return None
+        columns = step.column_of(pages.positions).clamp(0, mask.shape[-1] - 1)  # [R, H, C]
+        wide = mask.expand(pages.counts.shape[0], pages.counts.shape[1], -1, -1)
+        return wide.gather(3, columns[:, :, None].expand(-1, -1, mask.shape[2], -1)).contiguous()
+
+    # -- statistics -------------------------------------------------------------------------------------------------
+
+    def _collect(
+        self,
+        layer: Layer,
+        pages: Pages,
+        q: Tensor,
+        positions: Tensor,
+        lse: Tensor,
+        start: Tensor | None,
+        mask: Tensor | None,
+        ask: Attention,
+    ) -> None:
+        """Add the attention mass of many queries to the score column."""
+        newest = "last_attention" in self.policy.needs
+        sums = ops.column_sums(
+            q, pages.k, pages.table, pages.counts, pages.positions, positions, lse, start, None, mask, ask.scale,
+            ask.softcap, 1 if newest else 0, self.policy.group_reduction == "max",
+        )  # fmt: skip
+        keep = (positions < 0).all(1).float()[:, None, None] if newest else 1.0
+        self._add_scores(layer, sums, keep)
+
+    def _add_scores(self, layer: Layer, sums: Tensor, keep: float | Tensor) -> None:
+        store = layer.store
+        assert store is not None
+        rows, heads, width = sums.shape
+        sums = sums.view(rows, store.heads, heads // store.heads, width)
+        sums = sums.amax(2) if self.policy.group_reduction == "max" else sums.mean(2)
+        scores = store.columns[0][..., :width]
+        scores.copy_(scores * keep + sums)
+
+    # -- finish: evict ----------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Close the forward: its tokens are now seen; fix budgets when a prompt ended; evict."""
+        step = self.step
+        assert step is not None
+        self.step = None
+        self.seen += step.tokens
+        self.tokens, self.real = step.after, step.real
+        self.unplanned |= step.prompt
+        if self.recording or self._prompt_left > 0:
+            return
+        self.prompt_length = None
+        self.settle()
+
+    def abort(self) -> None:
+        """Undo a forward that did not finish: its tokens leave the pages again."""
+        step, self.step = self.step, None
+        if step is None:
+            return
+        for layer in self.layers:
+            layer.pending.clear()
+            if layer.store is not None:
+                layer.store.crop(step.before)
+
+    def settle(self) -> None:
+        """Fix the budgets if a prompt ended, then bring every layer within them."""
+        plan = self.unplanned
+        if plan:
+            self.unplanned = False
+            self.prompt_tokens = self.tokens
+        for layer in self.layers:
+            if layer.store is not None and layer.store.counts.numel():
+                if plan or layer.budgets is None:
+                    self._plan(layer)
+                self._evict(layer)
+        if plan:
+            for storage in self.storages.values():
+                storage.trim()
+
+    def _plan(self, layer: Layer) -> None:
+        store = layer.store
+        assert store is not None
+        budgets = torch.full((store.rows, store.heads), FAR, dtype=torch.int32)
+        layer.recent = torch.zeros(store.rows, dtype=torch.int32)
+        if self.policy.retains:
+            granted = self.policy.allocate(layer.view())
+            budgets = granted.int().view(store.rows, -1).expand(store.rows, store.heads)
+            layer.recent = self.policy.allocate_recent(layer.view()).int()
+        if layer.window is not None:
+            budgets = budgets.clamp(max=max(layer.window - 1, 1))
+        layer.budgets = budgets.contiguous()
+        layer.smallest_budget = int(budgets.min())
+
+    def _evict(self, layer: Layer) -> None:
+        store, budgets = layer.store, layer.budgets
+        assert store is not None and budgets is not None and layer.recent is not None
+        if store.max_count <= layer.smallest_budget:
+            return
+        over = int((store.counts - budgets).max())
+        if over <= 0:
+            return
+        first = torch.full_like(self.tokens, self.policy.sinks if layer.window is None else 0)
+        end = self.tokens - layer.recent
+        scores = None
+        if self.policy.retains:
+            scores = self.policy.score(layer.view())
+            if scores is not None and layer.window is not None:
+                # What no later query can see must not hold a place in the budget.
+                column = self._window_limit(layer.window)
+                scores = torch.where(store.positions < column[:, None, None], float("-inf"), scores)
+        before = int(store.counts.sum())
+        if over == 1:
+            victims = ops.choose_victims(scores, store.counts, store.positions, budgets, first, end)
+            store.overwrite(victims)
+        else:
+            if scores is None:
+                scores = store.positions.float()
+            live = torch.arange(store.capacity) < store.counts[..., None]
+            p = store.positions
+            protected = (live & ((p < first[:, None, None]) | (p >= end[:, None, None]))).sum(-1, dtype=torch.int32)
+            k = (budgets - protected).clamp(min=0)
+            width = int(torch.minimum(torch.maximum(budgets, protected), store.counts).max())
+            store.keep(*ops.topk(scores.contiguous(), store.counts, p, k, first, end, max(width, 1)))
+        layer.counters["evictions"] += before - int(store.counts.sum())
+
+    def _window_limit(self, window: int) -> Tensor:
+        """First position that the next query of each row may read, [R] int32."""
+        column = max(self.seen + 1 - window, 0)
+        if self.real is None:
+            return torch.full_like(self.tokens, column)
+        return self.real[:, :column].sum(1, dtype=torch.int32)
+
+    # -- changes between forwards -----------------------------------------------------------------------------------
+
+    def crop(self, columns: int) -> None:
+        """Forget the last ``columns`` seen columns; accept the scores of the others; then evict."""
+        limits = self.tokens
+        if columns:
+            if self.real is None:
+                limits = (self.tokens - columns).int()
+            else:
+                kept = self.real[:, : self.seen - columns]
+                limits = kept.sum(1, dtype=torch.int32)
+                self.real = kept
+            self.seen -= columns
+        for layer in self.layers:
+            if layer.store is None:
+                continue
+            for q, positions, lse, start, mask, ask in layer.pending:
+                accepted = torch.where(positions < limits[:, None], positions, -1)
+                self._collect(layer, Pages.of(layer.store), q, accepted, lse, start, mask, ask)
+            layer.pending.clear()
+            if columns:
+                layer.store.crop(limits)
+                layer.state.clear()
+        self.tokens = limits
+        self.settle()
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row r becomes the old row ``rows[r]``; pages are shared until one of them writes."""
+        rows = rows.cpu().long()
+        for layer in self.layers:
+            if layer.store is None:
+                continue
+            layer.store.select_rows(rows)
+            layer.state = {k: v[rows] if isinstance(v, Tensor) else v for k, v in layer.state.items()}
+            layer.budgets = None if layer.budgets is None else layer.budgets[rows].contiguous()
+            layer.recent = None if layer.recent is None else layer.recent[rows]
+        self.tokens = self.tokens[rows]
+        self.prompt_tokens = self.prompt_tokens[rows] if len(self.prompt_tokens) else self.prompt_tokens
+        self.real = None if self.real is None else self.real[rows]
+
+    def reset(self) -> None:
+        """Forget everything; pages go back to the pool and memory to the machine."""
+        for layer in self.layers:
+            if layer.store is not None:
+                layer.store.release()
+            layer.store = layer.budgets = layer.recent = layer.new = None
+            layer.smallest_budget = FAR
+            layer.state, layer.pending = {}, []
+            layer.counters.clear()
+        self.storages = {}
+        self.seen, self.step, self.real = 0, None, None
+        self.tokens = self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
+        self.prompt_length, self.unplanned = None, False
+
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    _COPIED = ("seen", "tokens", "prompt_tokens", "real", "recording", "prompt_length", "unplanned")
+
+    def fork(self) -> Engine:
+        """The same content again; pages are shared until one side writes."""
+        twin = Engine(
+            self.policy,
+            [x.window for x in self.layers],
+            page_size=self.page_size,
+            kv_dtype=self.kv_dtype,
+            max_tokens=self.max_tokens,
+            rotation=self.rotation,
+        )
+        twin.storages = dict(self.storages)
+        for name in self._COPIED:
+            setattr(twin, name, getattr(self, name))
+        for mine, theirs in zip(self.layers, twin.layers, strict=True):
+            theirs.store = None if mine.store is None else mine.store.fork()
+            theirs.group, theirs.budgets, theirs.recent = mine.group, mine.budgets, mine.recent
+            theirs.smallest_budget, theirs.pending = mine.smallest_budget, list(mine.pending)
+            theirs.counters = Counter(mine.counters)
+            theirs.state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in mine.state.items()}
+        return twin
+
+    def export_state(self) -> dict[str, Any]:
+        """Content as plain values and tensors: per layer the kept entries, densely by slot, and what goes with them."""
+        layers = []
+        for layer in self.layers:
+            store = layer.store
+            if store is None:
+                layers.append(None)
+                continue
+            n = store.max_count
+            layers.append(
+                {
+                    "keys": store.gather("keys"),
+                    "values": store.gather("values"),
+                    "counts": store.counts.clone(),
+                    "positions": store.positions[..., :n].clone(),
+                    "columns": store.columns[..., :n].clone(),
+                    "budgets": layer.budgets,
+                    "recent": layer.recent,
+                    "group": layer.group,
+                    "state": dict(layer.state),
+                }
+            )
+        return {"layers": layers, **{name: getattr(self, name) for name in self._COPIED}}
+
+    def import_state(self, state: dict[str, Any]) -> None:
+        """Take over the content of :meth:`export_state`; the engine must be empty."""
+        for layer, content in zip(self.layers, state["layers"], strict=True):
+            if content is None:
+                continue
+            k, v = content["keys"], content["values"]
+            self._open(layer, k, v)
+            store = layer.store
+            assert store is not None
+            # Heads are ragged, and an append is not: each (row, head) pair is written as a row of its own.
+            store.fill(k, v, content["counts"], content["positions"], content["columns"])
+            for name in ("budgets", "recent", "group"):
+                setattr(layer, name, content[name])
+            layer.smallest_budget = FAR if layer.budgets is None else int(layer.budgets.min())
+            layer.state = dict(content["state"])
+        for name in self._COPIED:
+            setattr(self, name, state[name])
+
+
+def _prompt_too_long() -> type[ValueError]:
+    from ._C import OutOfPages
+
+    class PromptTooLong(OutOfPages, ValueError):  # type: ignore[misc, valid-type]
+        """A prompt that ``max_tokens`` can never hold: out of pages, and a bad argument."""
+
+    return PromptTooLong
+
+
+PromptTooLong = _prompt_too_long()

@@ -1,0 +1,213 @@
+"""Hooks into the decoder: the forward that a cache serves, and the layers that a schedule skips."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import NAME, Frame, current_frame, set_frame
+from .rotation import Rotation
+
+if TYPE_CHECKING:
+    import torch.utils.hooks
+    from transformers import PreTrainedModel
+
+    from .policies import Policy
+
+STATE = "_kvcache_state"
+
+
+@dataclass
+class WrappedState:
+    """What ``wrap`` did to a model and what it was told; kept on the model as ``_kvcache_state``."""
+
+    policy: Policy
+    page_size: int
+    kv_dtype: Any
+    max_tokens: int | None
+    windows: list[int | None]
+    materialised: frozenset[int]
+    original: str
+    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    routed: list[nn.Module] = field(default_factory=list)
+
+    def check_policy(self, model: PreTrainedModel, policy: Policy) -> None:
+        """ValueError if ``policy`` cannot work on this model; nothing is changed."""
+        name = type(model).__name__
+        if policy.positions == "compact" and (self.materialised or any(w is not None for w in self.windows)):
+            raise ValueError(
+                f"{policy}: positions='compact' needs full attention with keys as cached, "
+                f"but {name} has sliding windows or transforms its keys after the cache"
+            )
+        if policy.selects and self.materialised:
+            raise ValueError(
+                f"{policy}: selection needs the keys as cached, but {name} transforms them after the cache (MLA)"
+            )
+        if policy.positions == "compact":
+            Rotation(model)
+        if policy.schedules:
+            decoder_layers(model, len(self.windows))
+
+    def route(self, model: PreTrainedModel, policy: Policy) -> None:
+        """Make the decoder layers follow a schedule once a policy has one."""
+        if policy.schedules and not self.routed:
+            self.routed = route_layers(model, len(self.windows))
+
+
+def wrapped_state(model: nn.Module) -> WrappedState | None:
+    return model.__dict__.get(STATE)
+
+
+# -- the forward ----------------------------------------------------------------------------------------------------
+
+
+class OpenForward:
+    """Pre-hook of the model: finds or makes the cache of this forward and opens a step on it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        from .cache import KVCache
+
+        frame = current_frame()
+        if frame is not None and frame.model is self.model:
+            return None  # an outer module of the same model opened it
+        state = wrapped_state(self.model)
+        assert state is not None
+        kwargs = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+        implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
+        cache = kwargs.get("past_key_values")
+        if cache is None and self._wants_cache(kwargs):
+            cache = kwargs["past_key_values"] = KVCache(self.model)
+        if not isinstance(cache, KVCache):
+            set_frame(Frame(None, state.original, self.model, module, frame))
+            return (), kwargs
+        if implementation != NAME:
+            raise RuntimeError(
+                f"the attention implementation of the wrapped {type(self.model).__name__} was changed to "
+                f"{implementation!r}; call kvcache.unwrap(model) to stop using kvcache"
+            )
+        if len(cache.layers) != len(state.windows):
+            raise ValueError(
+                f"past_key_values has {len(cache.layers)} layers, but {type(self.model).__name__} {len(state.windows)}"
+            )
+        if kwargs.get("output_attentions") or self.model.config.output_attentions:
+            raise ValueError("output_attentions=True is not possible: paged attention never holds the probabilities")
+        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if not isinstance(inputs, Tensor):
+            raise ValueError("a wrapped model needs input_ids or inputs_embeds")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            mask = mask.to(device="cpu", dtype=torch.bool)
+        else:
+            mask = None
+        cache.engine.begin(inputs.shape[0], inputs.shape[1], mask)
+        set_frame(Frame(cache, state.original, self.model, module, frame))
+        return (), kwargs
+
+    def _wants_cache(self, kwargs: dict[str, Any]) -> bool:
+        if self.model.training:
+            return False
+        use_cache = kwargs.get("use_cache")
+        return bool(self.model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache)
+
+
+class CloseForward:
+    """Post-hook, called always: closes the step, or undoes it when the forward failed."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        frame = current_frame()
+        if frame is None or frame.opener is not module:
+            return
+        set_frame(frame.previous)
+        if frame.cache is None:
+            return
+        with torch.no_grad():
+            if output is None:  # torch passes None when the forward raised
+                frame.cache.engine.abort()
+            else:
+                frame.cache.engine.finish()
+
+
+@functools.cache
+def _parameters(cls: type[nn.Module]) -> list[str]:
+    return [n for n in inspect.signature(cls.forward).parameters if n != "self"]
+
+
+def hook_forward(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks on the model and on the decoder inside it, so that either can be called; the outermost one acts."""
+    entries: list[nn.Module] = [model, model.base_model]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(decoder, nn.Module):
+        entries.append(decoder)
+    handles = []
+    for module in dict.fromkeys(entries):
+        handles.append(module.register_forward_pre_hook(OpenForward(model), with_kwargs=True))
+        handles.append(module.register_forward_hook(CloseForward(model), with_kwargs=True, always_call=True))
+    return handles
+
+
+# -- layer schedule -------------------------------------------------------------------------------------------------
+
+
+class RoutedForward:
+    """Stands for ``forward`` of one decoder layer: tokens that skip the layer keep their hidden state."""
+
+    def __init__(self, layer: nn.Module, index: int, form: dict[str, Any]) -> None:
+        self.layer, self.index, self.form = layer, index, form
+        functools.update_wrapper(self, type(layer).forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        frame = current_frame()
+        step = None if frame is None or frame.cache is None else frame.cache.engine.step
+        active = None if step is None else step.routed.get(self.index)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if active is not None and not bool(active.any()):
+            return self._as_output(hidden)
+        out = type(self.layer).forward(self.layer, *args, **kwargs)
+        self.form["tuple"] = len(out) if isinstance(out, tuple) else 0
+        if active is None:
+            return out
+        new = out[0] if isinstance(out, tuple) else out
+        new = torch.where(active[:, :, None].to(new.device), new, hidden)
+        return (new, *out[1:]) if isinstance(out, tuple) else new
+
+    def _as_output(self, hidden: Tensor) -> Any:
+        """``hidden`` in the form that layers of this model return; they share ``form``, and one has always run."""
+        size = self.form.get("tuple", 0)
+        return (hidden, *[None] * (size - 1)) if size else hidden
+
+
+def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
+    """The ``count`` decoder layers of a model; ValueError if they are not found."""
+    lists = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.ModuleList)
+        and len(m) == count
+        and all(isinstance(x, GradientCheckpointingLayer) for x in m)
+    ]
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: found {len(lists)} lists of {count} decoder layers instead of one, "
+            "so no layer can be skipped"
+        )
+    return list(lists[0])
+
+
+def route_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
+    """Make the decoder layers follow the schedule of the cache in use, until ``unwrap``."""
+    layers, form = decoder_layers(model, count), {}
+    for i, layer in enumerate(layers):
+        layer.forward = RoutedForward(layer, i, form)  # on the instance: the class stays as it is
+    return layers

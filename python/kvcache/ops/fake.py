@@ -1,0 +1,78 @@
+"""What the ops return, without values: for torch.compile, FakeTensor and torch.library.opcheck."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """Ops that only write into their arguments."""
+
+
+def _prefill_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    rows, query_heads, tokens, _ = q.shape
+    out = q.new_empty(rows, tokens, query_heads, v_pages.shape[2])
+    return out, q.new_empty(rows, query_heads, tokens, dtype=torch.float32)
+
+
+def _decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, *args: object, **kwargs: object
+) -> tuple[Tensor, Tensor]:
+    rows, query_heads, _ = q.shape
+    out = q.new_empty(rows, query_heads, v_pages.shape[2])
+    return out, q.new_empty(rows, query_heads, dtype=torch.float32)
+
+
+def _column_sums(
+    q: Tensor, k_pages: Tensor, table: Tensor, counts: Tensor, positions: Tensor, *args: object, **kwargs: object
+) -> Tensor:
+    return q.new_empty(positions.shape, dtype=torch.float32)
+
+
+def _selection_scores(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool = True,
+    per_head: bool = False,
+) -> Tensor:
+    rows, heads, capacity = positions.shape
+    return q.new_empty(rows, heads if per_head else 1, capacity, dtype=torch.float32)
+
+
+def _topk(
+    scores: Tensor, counts: Tensor, positions: Tensor, k: Tensor, first: Tensor, end: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    rows, heads = counts.shape
+    return counts.new_empty(rows, heads, width), counts.new_empty(rows, heads)
+
+
+def _choose_victims(
+    scores: Tensor | None, counts: Tensor, positions: Tensor, budgets: Tensor, first: Tensor, end: Tensor
+) -> Tensor:
+    return counts.new_empty(counts.shape)
+
+
+def register() -> None:
+    """Register all of them; once, after the native ops."""
+    for name, function in {
+        "append": _nothing,
+        "copy_pages": _nothing,
+        "compact": _nothing,
+        "overwrite": _nothing,
+        "prefill_attention": _prefill_attention,
+        "decode_attention": _decode_attention,
+        "column_sums": _column_sums,
+        "selection_scores": _selection_scores,
+        "topk": _topk,
+        "choose_victims": _choose_victims,
+    }.items():
+        torch.library.register_fake(f"kvcache::{name}")(function)

@@ -1,0 +1,418 @@
+"""Plain-torch reference of every op: the oracle that the native kernels are tested against.
+
+Written to be read, not to be fast. Runs on any device; arithmetic is float32 (float64 if an input is float64).
+
+Shapes used by all ops (R rows, H kv heads, G query heads per kv head, Hq = H * G, T new tokens, S page size,
+M table width, C = M * S column capacity, N side columns, P pages of the pool):
+
+========== ======================= ==========================================================================
+k_pages    [P, S, Dk]              keys of all pages; float32, bfloat16 or float16
+v_pages    [P, S, Dv]              values, same dtype as the keys; Dv may differ from Dk
+table      [R, H, M] int32         page ids; entry ``slot // S`` holds ``slot``; unused entries are -1
+counts     [R, H] int32            entries held by a head; slots ``0 .. count-1`` are alive, in any order
+positions  [R, H, C] int32         position of each entry among the real (not padding) tokens of its row
+columns    [N, R, H, C] float32    side columns; column 0 is the score
+========== ======================= ==========================================================================
+
+Slots at or beyond ``count`` hold garbage, also NaN: no op lets it through.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _alive(counts: Tensor, width: int) -> Tensor:
+    """bool [R, H, width]: which slots hold an entry."""
+    return torch.arange(width, device=counts.device) < counts[..., None]
+
+
+def gather_pages(pages: Tensor, table: Tensor, counts: Tensor, width: int | None = None) -> Tensor:
+    """Dense copy of the entries in slot order, [R, H, width, D] in the pages' dtype; dead slots are zero."""
+    rows, heads, table_width = table.shape
+    width = table_width * pages.shape[1] if width is None else width
+    used = -(-width // pages.shape[1])
+    dense = pages[table[..., :used].clamp(min=0).long()].flatten(2, 3)[:, :, :width]
+    return dense.masked_fill(~_alive(counts, width)[..., None], 0)
+
+
+def append(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    columns: Tensor,
+    k: Tensor,
+    v: Tensor,
+    new_positions: Tensor,
+    new_columns: Tensor | None = None,
+) -> None:
+    """Write ``k`` [R, H, T, Dk] and ``v`` [R, H, T, Dv] behind the entries of each head, in place.
+
+    ``new_positions`` [R, T] int32; -1 marks a token that is not stored (padding, or a layer that this token skips).
+    ``new_columns`` [N, R, H, T] float32 fills the side columns, zeros when None. Adds to ``counts``.
+    """
+    page_size = k_pages.shape[1]
+    for r in range(table.shape[0]):
+        keep = (new_positions[r] >= 0).nonzero().squeeze(-1)
+        for h in range(table.shape[1]):
+            slots = int(counts[r, h]) + torch.arange(len(keep), device=keep.device)
+            pages = table[r, h, slots // page_size].long()
+            k_pages[pages, slots % page_size] = k[r, h, keep].to(k_pages.dtype)
+            v_pages[pages, slots % page_size] = v[r, h, keep].to(v_pages.dtype)
+            positions[r, h, slots] = new_positions[r, keep]
+            columns[:, r, h, slots] = 0.0 if new_columns is None else new_columns[:, r, h, keep]
+        counts[r] += len(keep)
+
+
+def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy whole pages ``source`` [n] int32 onto ``target`` [n] int32 (copy on write); no target is a source."""
+    k_pages[target.long()] = k_pages[source.long()]
+    v_pages[target.long()] = v_pages[source.long()]
+
+
+def compact(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    source_table: Tensor,
+    target_table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    columns: Tensor,
+    keep: Tensor,
+    keep_counts: Tensor,
+) -> None:
+    """Keep only the slots ``keep`` [R, H, K] int32 (ascending; the first ``keep_counts`` [R, H] count) of each head.
+
+    Entry ``keep[r, h, i]`` moves to slot i of the pages in ``target_table``, which may be ``source_table`` itself
+    (in place) or fresh pages (the source is shared). Sets ``counts`` to ``keep_counts``.
+    """
+    page_size = k_pages.shape[1]
+    for r in range(keep.shape[0]):
+        for h in range(keep.shape[1]):
+            n = int(keep_counts[r, h])
+            old = keep[r, h, :n].long()
+            new = torch.arange(n, device=old.device)
+            source, target = source_table[r, h].long(), target_table[r, h].long()
+            for pages in (k_pages, v_pages):
+                moved = pages[source[old // page_size], old % page_size]
+                pages[target[new // page_size], new % page_size] = moved
+            positions[r, h, :n] = positions[r, h, old]
+            columns[:, r, h, :n] = columns[:, r, h, old]
+    counts.copy_(keep_counts)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    """Logits [R, H, G, T, n] of q [R, Hq, T, D] over dense keys k [R, H, n, D]."""
+    rows, heads, _, dim = k.shape
+    wide = _wide(q.dtype)
+    logits = q.to(wide).view(rows, heads, -1, q.shape[2], dim) @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
+    return torch.tanh(logits / softcap) * softcap if softcap > 0 else logits
+
+
+def _per_group(x: Tensor, rows: int, heads: int, group: int) -> Tensor:
+    """[R, 1 | H | Hq, ...] seen as [R, H, G, ...]."""
+    if x.shape[1] == heads * group:
+        return x.reshape(rows, heads, group, *x.shape[2:])
+    return x[:, :, None].expand(rows, heads, group, *x.shape[2:])
+
+
+def _visible(
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor,
+    window_start: Tensor | None,
+    mask: Tensor | None,
+    index: Tensor | None,
+    index_counts: Tensor | None,
+    width: int,
+) -> Tensor:
+    """bool [R, H, T, width]: which entries each query reads."""
+    rows, heads = counts.shape
+    p = positions[:, :, None, :width]
+    seen = _alive(counts, width)[:, :, None] & (p <= q_positions[:, None, :, None])
+    if window_start is not None:
+        seen = seen & (p >= window_start[:, None, :, None])
+    if mask is not None:
+        seen = seen & mask[..., :width]
+    if index is not None:
+        assert index_counts is not None
+        listed = torch.zeros(rows, index.shape[1], width + 1, dtype=torch.bool, device=counts.device)
+        valid = torch.arange(index.shape[2], device=index.device) < index_counts[..., None]
+        listed.scatter_(2, torch.where(valid, index, width).long(), True)
+        seen = seen & listed[:, :, None, :width]
+    return seen
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor,
+    window_start: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    index: Tensor | None,
+    index_counts: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of T queries per row over the pages, which already hold the new tokens themselves.
+
+    q [R, Hq, T, Dk]; query t of row r reads entries with ``window_start[r, t] <= position <= q_positions[r, t]``
+    (both [R, T] int32). ``q_positions`` of -1 is a padding query: output 0, log-sum-exp -inf; so is any query that
+    reads nothing. ``sinks`` [Hq] float32: one extra logit per head in the softmax's denominator. ``bias``
+    [R, 1 | H | Hq, C] float32 is added to the logits, after the softcap. ``mask`` [R, 1 | H, T, C] bool hides entries.
+    ``index`` [R, 1 | H, K] int32 with ``index_counts`` [R, 1 | H] restricts the reading to the listed slots.
+
+    Returns ``out`` [R, T, Hq, Dv] in q's dtype and ``lse`` [R, Hq, T] float32 (sinks included).
+    """
+    rows, query_heads, tokens, _ = q.shape
+    heads = counts.shape[1]
+    width = int(counts.max()) if counts.numel() else 0
+    k, v = (gather_pages(x, table, counts, width) for x in (k_pages, v_pages))
+    logits = _scores(q, k, scale, softcap)
+    if bias is not None:
+        logits = logits + _per_group(bias, rows, heads, query_heads // heads)[..., None, :width]
+    seen = _visible(counts, positions, q_positions, window_start, mask, index, index_counts, width)[:, :, None]
+    logits = logits.masked_fill(~seen, NEG_INF)
+    if sinks is not None:
+        extra = sinks.to(logits.dtype).view(1, heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        # A query that reads nothing has no output, with or without a sink.
+        extra = extra.masked_fill(~seen.any(-1, keepdim=True), NEG_INF)
+        logits = torch.cat([logits, extra], -1)
+    lse = logits.logsumexp(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], NEG_INF)
+    weights = torch.exp(logits[..., :width] - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
+    out = (weights @ v.to(weights.dtype)[:, :, None]).reshape(rows, query_heads, tokens, -1)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse.reshape(rows, query_heads, tokens).float()
+
+
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    window_start: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    index_counts: Tensor | None,
+    statistics: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    statistics_decay: float = 1.0,
+    statistics_max: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query per row over its ragged entries.
+
+    q [R, Hq, Dk]; ``window_start`` [R] int32 hides entries below that position; the other arguments are those of
+    :func:`prefill_attention`. ``statistics`` [R, H, C] float32 is updated in place for every live entry:
+    ``statistics = statistics * statistics_decay + p`` where p is the attention probability reduced over the group
+    (mean, or max when ``statistics_max``); entries that are not read have p = 0.
+
+    Returns ``out`` [R, Hq, Dv] in q's dtype and ``lse`` [R, Hq] float32 (sinks included).
+    """
+    rows, query_heads, _ = q.shape
+    heads = counts.shape[1]
+    last = torch.full((rows, 1), torch.iinfo(torch.int32).max, dtype=torch.int32, device=q.device)
+    start = None if window_start is None else window_start[:, None]
+    out, lse = prefill_attention(
+        q[:, :, None], k_pages, v_pages, table, counts, positions, last, start, sinks, bias, None, index, index_counts,
+        scale, softcap,
+    )  # fmt: skip
+    if statistics is not None:
+        width = int(counts.max())
+        logits = _scores(q[:, :, None], gather_pages(k_pages, table, counts, width), scale, softcap)
+        if bias is not None:
+            logits = logits + _per_group(bias, rows, heads, query_heads // heads)[..., None, :width]
+        seen = _visible(counts, positions, last, start, None, index, index_counts, width)[:, :, None]
+        level = lse.view(rows, heads, -1, 1, 1)
+        p = torch.exp(logits - level.masked_fill(level == NEG_INF, 0.0)).masked_fill(~seen, 0.0)[..., 0, :]
+        p = p.amax(2) if statistics_max else p.mean(2)
+        old = statistics[..., :width]
+        statistics[..., :width] = torch.where(_alive(counts, width), old * statistics_decay + p.float(), old)
+    return out[:, 0], lse[..., 0]
+
+
+def column_sums(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor,
+    lse: Tensor,
+    window_start: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    last: int = 0,
+    reduce_max: bool = False,
+) -> Tensor:
+    """Attention mass that each entry received from the queries, given the log-sum-exp of :func:`prefill_attention`.
+
+    Sums ``exp(logit - lse)`` over the queries of a row: all real ones, or only the ``last`` ones when positive. The
+    sum is reduced over the query heads of the group (mean, or max when ``reduce_max``). The memory needed is linear
+    in the length. Source: the accumulated attention score of H2O (arXiv 2306.14048, Algorithm 1) and the observation
+    window of SnapKV. Returns [R, H, C] float32, zero for dead slots.
+    """
+    rows, query_heads, _, _ = q.shape
+    heads, capacity = counts.shape[1], positions.shape[2]
+    width = int(counts.max()) if counts.numel() else 0
+    logits = _scores(q, gather_pages(k_pages, table, counts, width), scale, softcap)
+    if bias is not None:
+        logits = logits + _per_group(bias, rows, heads, query_heads // heads)[..., None, :width]
+    seen = _visible(counts, positions, q_positions, window_start, mask, None, None, width)
+    if last > 0:
+        later = (q_positions >= 0).int().flip(1).cumsum(1).flip(1)
+        seen = seen & ((q_positions >= 0) & (later <= last))[:, None, :, None]
+    level = lse.view(rows, heads, -1, lse.shape[2], 1)
+    p = torch.exp(logits - level.masked_fill(level == NEG_INF, 0.0)).masked_fill(~seen[:, :, None], 0.0)
+    mass = p.sum(3)
+    out = torch.zeros(rows, heads, capacity, device=q.device)
+    out[..., :width] = mass.amax(2) if reduce_max else mass.mean(2)
+    return out
+
+
+def selection_scores(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool = True,
+    per_head: bool = False,
+) -> Tensor:
+    """Score of each candidate entry (``first[r] <= position < end[r]``, [R] int32) for a query q [R, Hq, Dk].
+
+    ``soft``: every query head takes the softmax of its logits ``q.k * scale`` over the candidates and the heads'
+    probabilities are summed (TokenSelect's soft vote, arXiv 2411.02886, Eq. 7); otherwise the raw logits are summed
+    (Eq. 5). ``per_head`` sums within each kv head's group only; without it all kv heads must hold the same entries in
+    the same slots. Returns [R, H if per_head else 1, C] float32; -inf for entries that are no candidates.
+    """
+    rows, heads, capacity = positions.shape
+    width = int(counts.max()) if counts.numel() else 0
+    logits = _scores(q[:, :, None], gather_pages(k_pages, table, counts, width), scale, 0.0)[..., 0, :]
+    p = positions[..., :width]
+    candidate = _alive(counts, width) & (p >= first[:, None, None]) & (p < end[:, None, None])
+    logits = logits.masked_fill(~candidate[:, :, None], NEG_INF)
+    if soft and width:
+        top = logits.amax(-1, keepdim=True)
+        logits = torch.exp(logits - top.masked_fill(top == NEG_INF, 0.0))
+        logits = logits / logits.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
+    vote = logits.sum(2) if per_head else logits.sum((1, 2))[:, None]
+    candidate = candidate if per_head else candidate[:, :1]
+    out = torch.full((rows, heads if per_head else 1, capacity), NEG_INF, device=q.device)
+    out[..., :width] = vote.float().masked_fill(~candidate, NEG_INF)
+    return out
+
+
+def topk(
+    scores: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    first: Tensor,
+    end: Tensor,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """Slots to keep or read: every protected entry and the ``k`` best candidates of each head.
+
+    scores, positions [R, H, C]; counts, k [R, H] int32; first, end [R] int32. Entries with ``position < first`` or
+    ``position >= end`` are protected; of the rest the ``k`` with the highest score are taken (all of them when there
+    are fewer), ties to the lowest position; NaN ranks lowest. Candidates scored -inf are taken last, not excluded.
+
+    Returns ``index`` [R, H, width] int32, slots ascending, padded with -1, and ``index_counts`` [R, H] int32. Raises
+    ValueError when a head needs more than ``width`` slots.
+    """
+    rows, heads = counts.shape
+    index = torch.full((rows, heads, width), -1, dtype=torch.int32, device=scores.device)
+    index_counts = torch.zeros(rows, heads, dtype=torch.int32, device=scores.device)
+    for r in range(rows):
+        for h in range(heads):
+            n = int(counts[r, h])
+            p = positions[r, h, :n]
+            protected = (p < first[r]) | (p >= end[r])
+            candidates = (~protected).nonzero().squeeze(-1)
+            candidates = candidates[p[candidates].argsort(stable=True)]
+            values = scores[r, h, candidates].double().nan_to_num(nan=NEG_INF, posinf=float("inf"), neginf=NEG_INF)
+            best = candidates[values.argsort(descending=True, stable=True)[: max(int(k[r, h]), 0)]]
+            slots = torch.cat([protected.nonzero().squeeze(-1), best]).sort().values
+            if len(slots) > width:
+                raise ValueError(f"topk: width={width} is too small, head ({r}, {h}) keeps {len(slots)} entries")
+            index[r, h, : len(slots)] = slots.int()
+            index_counts[r, h] = len(slots)
+    return index, index_counts
+
+
+def choose_victims(
+    scores: Tensor | None,
+    counts: Tensor,
+    positions: Tensor,
+    budgets: Tensor,
+    first: Tensor,
+    end: Tensor,
+) -> Tensor:
+    """The slot that each head over its budget gives up, [R, H] int32; -1 where ``counts <= budgets``.
+
+    The victim is the candidate (``first[r] <= position < end[r]``) with the lowest score, among equals the one with
+    the highest position, so that what stays is what :func:`topk` would keep; NaN ranks lowest. With ``scores`` None
+    the victim is the candidate with the lowest position. A head without candidates keeps everything (-1).
+    """
+    rows, heads = counts.shape
+    victims = torch.full((rows, heads), -1, dtype=torch.int32, device=counts.device)
+    for r in range(rows):
+        for h in range(heads):
+            n = int(counts[r, h])
+            p = positions[r, h, :n]
+            candidates = ((p >= first[r]) & (p < end[r])).nonzero().squeeze(-1)
+            if n <= int(budgets[r, h]) or len(candidates) == 0:
+                continue
+            candidates = candidates[p[candidates].argsort(descending=scores is not None, stable=True)]
+            if scores is not None:
+                values = scores[r, h, candidates].double().nan_to_num(nan=NEG_INF, posinf=float("inf"), neginf=NEG_INF)
+                candidates = candidates[values.argsort(stable=True)]
+            victims[r, h] = candidates[0]
+    return victims
+
+
+def overwrite(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    columns: Tensor,
+    victims: Tensor,
+) -> None:
+    """Evict slot ``victims`` [R, H] int32 of each head (-1: none) by moving the head's last entry there; O(1)."""
+    page_size = k_pages.shape[1]
+    for r in range(table.shape[0]):
+        for h in range(table.shape[1]):
+            victim, last = int(victims[r, h]), int(counts[r, h]) - 1
+            if victim < 0:
+                continue
+            source, target = table[r, h, last // page_size].long(), table[r, h, victim // page_size].long()
+            for pages in (k_pages, v_pages):
+                pages[target, victim % page_size] = pages[source, last % page_size]
+            positions[r, h, victim] = positions[r, h, last]
+            columns[:, r, h, victim] = columns[:, r, h, last]
+            counts[r, h] -= 1

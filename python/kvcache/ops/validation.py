@@ -1,0 +1,464 @@
+"""The native ops' argument checks in Python, for the reference backend: same exceptions, same order, same words.
+
+The native twin is csrc/bindings/torch_ops*.cpp; tests/ops/test_errors.py holds the two together. A wrong dtype is a
+TypeError, everything else a ValueError; nothing has been written when one is raised.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+Dims = list[tuple[str, int | None]]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Checker:
+    """The checks of one call; every tensor must be where the first one is."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.device: torch.device | None = None
+
+    def value_error(self, message: str) -> ValueError:
+        return ValueError(f"{self.op}: {message}")
+
+    def dtype(self, name: str, tensor: Tensor, *wanted: torch.dtype) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.op}: {name} is {type(tensor).__name__}, needs a tensor")
+        if tensor.dtype not in wanted:
+            *most, last = (_name(dtype) for dtype in wanted)
+            needed = f"{', '.join(most)} or {last}" if most else last
+            raise TypeError(f"{self.op}: {name} is {_name(tensor.dtype)}, needs {needed}")
+
+    def shape(self, name: str, tensor: Tensor, dims: Dims) -> None:
+        if tensor.dim() != len(dims) or any(n not in (None, m) for m, (_, n) in zip(tensor.shape, dims)):
+            needed = ", ".join(label if n is None else f"{label}={n}" for label, n in dims)
+            raise self.value_error(f"{name} has shape {list(tensor.shape)}, needs [{needed}]")
+
+    def place(self, name: str, tensor: Tensor) -> None:
+        self.device = self.device or tensor.device
+        if tensor.device != self.device:
+            raise self.value_error(f"{name} is on {tensor.device}, the others are on {self.device}")
+
+    def contiguous(self, name: str, tensor: Tensor) -> None:
+        if not tensor.is_contiguous():
+            raise self.value_error(
+                f"{name} of shape {list(tensor.shape)} has strides {list(tensor.stride())}, needs to be contiguous"
+            )
+
+    def inner_contiguous(self, name: str, tensor: Tensor) -> None:
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise self.value_error(f"{name} has strides {list(tensor.stride())}, needs 1 in the last dimension")
+
+    def plain(self, name: str, tensor: Tensor, dtype: torch.dtype, dims: Dims) -> None:
+        self.dtype(name, tensor, dtype)
+        self.shape(name, tensor, dims)
+        self.contiguous(name, tensor)
+        self.place(name, tensor)
+
+    def strided(self, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], dims: Dims) -> None:
+        self.dtype(name, tensor, *dtypes)
+        self.shape(name, tensor, dims)
+        if len(dims) > 2:
+            self.inner_contiguous(name, tensor)
+        self.place(name, tensor)
+
+
+class _View(_Checker):
+    """The checks of a call on one layer's pages; keeps the sizes that later arguments must agree with."""
+
+    def page_arrays(self, k_pages: Tensor, v_pages: Tensor | None) -> None:
+        self.dtype("k_pages", k_pages, *STORAGE)
+        self.shape("k_pages", k_pages, [("P", None), ("S", None), ("Dk", None)])
+        self.contiguous("k_pages", k_pages)
+        self.place("k_pages", k_pages)
+        self.pages, self.page_size, self.k_dim = k_pages.shape
+        if self.page_size < 1:
+            raise self.value_error("k_pages has a page size of 0")
+        self._head_size("k_pages", self.k_dim)
+        if v_pages is not None:
+            self.dtype("v_pages", v_pages, *STORAGE)
+            if v_pages.dtype != k_pages.dtype:
+                kinds = f"{_name(v_pages.dtype)}, needs {_name(k_pages.dtype)}"
+                raise TypeError(f"{self.op}: v_pages is {kinds} as k_pages has")
+            self.shape("v_pages", v_pages, [("P", self.pages), ("S", self.page_size), ("Dv", None)])
+            self.contiguous("v_pages", v_pages)
+            self.place("v_pages", v_pages)
+            self.v_dim = v_pages.shape[2]
+            self._head_size("v_pages", self.v_dim)
+
+    def _head_size(self, name: str, size: int) -> None:
+        if not 1 <= size <= 256:
+            raise self.value_error(f"{name} has head size {size}, needs 1 to 256")
+
+    def view(self, k_pages: Tensor, v_pages: Tensor | None, table: Tensor, name: str = "table") -> None:
+        self.page_arrays(k_pages, v_pages)
+        self.plain(name, table, torch.int32, [("R", None), ("H", None), ("M", None)])
+        self.table = table
+        self.rows, self.heads, width = table.shape
+        self.capacity = width * self.page_size
+        self.per_row: Dims = [("R", self.rows)]
+        self.per_head: Dims = [*self.per_row, ("H", self.heads)]
+        self.per_entry: Dims = [*self.per_head, ("C", self.capacity)]
+
+    def entries(self, counts: Tensor, positions: Tensor) -> None:
+        self.plain("counts", counts, torch.int32, self.per_head)
+        self.plain("positions", positions, torch.int32, self.per_entry)
+        self.counts_in_range(counts, self.capacity)
+        self.counts = counts
+
+    def counts_in_range(self, counts: Tensor, capacity: int) -> None:
+        for r, h in ((counts < 0) | (counts > capacity)).nonzero().tolist():
+            raise self.value_error(f"counts of head ({r}, {h}) is {int(counts[r, h])}, needs 0 to C={capacity}")
+
+    def columns(self, columns: Tensor) -> None:
+        self.plain("columns", columns, torch.float32, [("N", None), *self.per_entry])
+
+    def page_ids(self, name: str, table: Tensor, begin: Tensor, end: Tensor) -> None:
+        """Pages that hold slots begin .. end - 1 [R, H] exist."""
+        column = torch.arange(table.shape[2], device=table.device)
+        first = begin[..., None].div(self.page_size, rounding_mode="floor")
+        last = (end[..., None] - 1).div(self.page_size, rounding_mode="floor")
+        touched = (begin < end)[..., None] & (column >= first) & (column <= last)
+        for r, h, c in (touched & ((table < 0) | (table >= self.pages))).nonzero().tolist():
+            page = int(table[r, h, c])
+            raise self.value_error(
+                f"{name} of head ({r}, {h}) holds page {page} in column {c}, needs 0 to P-1={self.pages - 1}"
+            )
+
+    def live_pages(self) -> None:
+        self.page_ids("table", self.table, torch.zeros_like(self.counts), self.counts)
+
+    def query(self, q: Tensor, tokens: bool) -> None:
+        dims: Dims = [("R", self.rows), ("Hq", None), *([("T", None)] if tokens else []), ("Dk", self.k_dim)]
+        self.strided("q", q, STORAGE, dims)
+        self.query_heads = q.shape[1]
+        self.tokens = q.shape[2] if tokens else 1
+        if (self.query_heads % self.heads if self.heads else self.query_heads) != 0:
+            raise self.value_error(f"q has {self.query_heads} heads, needs a multiple of H={self.heads}")
+
+    def heads_of(self, name: str, tensor: Tensor, choices: list[int]) -> None:
+        if tensor.dim() > 1 and tensor.shape[1] not in choices:
+            wanted = " or ".join(map(str, choices))
+            raise self.value_error(f"{name} has {tensor.shape[1]} heads in dimension 1, needs {wanted}")
+
+    def bias(self, bias: Tensor | None) -> None:
+        if bias is not None:
+            self.plain("bias", bias, torch.float32, [*self.per_row, ("heads", None), ("C", self.capacity)])
+            self.heads_of("bias", bias, [1, self.heads, self.query_heads])
+
+    def mask(self, mask: Tensor | None) -> None:
+        if mask is not None:
+            dims: Dims = [*self.per_row, ("heads", None), ("T", self.tokens), ("C", self.capacity)]
+            self.plain("mask", mask, torch.bool, dims)
+            self.heads_of("mask", mask, [1, self.heads])
+
+    def index(self, index: Tensor | None, index_counts: Tensor | None) -> None:
+        if (index is None) != (index_counts is None):
+            raise self.value_error("index and index_counts need each other")
+        if index is None or index_counts is None:
+            return
+        self.plain("index", index, torch.int32, [*self.per_row, ("heads", None), ("K", None)])
+        self.heads_of("index", index, [1, self.heads])
+        self.plain("index_counts", index_counts, torch.int32, [*self.per_row, ("heads", index.shape[1])])
+        width = index.shape[2]
+        for r, h in ((index_counts < 0) | (index_counts > width)).nonzero().tolist():
+            raise self.value_error(f"index_counts of ({r}, {h}) is {int(index_counts[r, h])}, needs 0 to K={width}")
+        shared = index.shape[1] != self.heads
+        room = (
+            self.counts
+            if not shared
+            else self.counts.amax(1, keepdim=True)
+            if self.heads
+            else self.counts.new_zeros(self.rows, 1)
+        )
+        for r in range(index.shape[0]):
+            for h in range(index.shape[1]):
+                slots = index[r, h, : int(index_counts[r, h])].tolist()
+                for slot in slots:
+                    if not 0 <= slot < int(room[r, h]):
+                        raise self.value_error(
+                            f"index of ({r}, {h}) lists slot {slot}, needs a slot below {int(room[r, h])}"
+                        )
+                slots.sort()
+                for before, slot in pairwise(slots):
+                    if before == slot:
+                        raise self.value_error(f"index of ({r}, {h}) lists slot {slot} twice")
+
+    def attention(
+        self,
+        q_positions: Tensor | None,
+        window_start: Tensor | None,
+        sinks: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        softcap: float,
+    ) -> None:
+        per_token: Dims = self.per_row if q_positions is None else [*self.per_row, ("T", self.tokens)]
+        if q_positions is not None:
+            self.plain("q_positions", q_positions, torch.int32, per_token)
+        if window_start is not None:
+            self.plain("window_start", window_start, torch.int32, per_token)
+        if sinks is not None:
+            self.plain("sinks", sinks, torch.float32, [("Hq", self.query_heads)])
+        self.bias(bias)
+        self.mask(mask)
+        if not softcap >= 0:
+            raise self.value_error(f"softcap is {softcap:f}, needs 0 (none) or more")
+
+
+def append(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    columns: Tensor,
+    k: Tensor,
+    v: Tensor,
+    new_positions: Tensor,
+    new_columns: Tensor | None,
+) -> None:
+    check = _View("append")
+    check.view(k_pages, v_pages, table)
+    check.entries(counts, positions)
+    check.columns(columns)
+    check.strided("k", k, STORAGE, [*check.per_head, ("T", None), ("Dk", check.k_dim)])
+    tokens = ("T", k.shape[2])
+    check.strided("v", v, STORAGE, [*check.per_head, tokens, ("Dv", check.v_dim)])
+    check.plain("new_positions", new_positions, torch.int32, [*check.per_row, tokens])
+    if new_columns is not None:
+        check.plain("new_columns", new_columns, torch.float32, [("N", columns.shape[0]), *check.per_head, tokens])
+    after = counts + (new_positions >= 0).sum(1, keepdim=True)
+    for r, h in (after > check.capacity).nonzero().tolist():
+        raise check.value_error(
+            f"counts of head ({r}, {h}) would be {int(after[r, h])}, the table holds C={check.capacity} entries"
+        )
+    check.page_ids("table", table, counts, after)
+
+
+def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
+    check = _View("copy_pages")
+    check.plain("source", source, torch.int32, [("n", None)])
+    check.plain("target", target, torch.int32, [("n", source.shape[0])])
+    check.page_arrays(k_pages, v_pages)
+    sources, targets = source.tolist(), target.tolist()
+    for page in (page for pair in zip(sources, targets) for page in pair):
+        if not 0 <= page < check.pages:
+            raise check.value_error(f"source or target names page {page}, needs 0 to P-1={check.pages - 1}")
+    for before, page in pairwise(sorted(targets)):
+        if before == page:
+            raise check.value_error(f"target names page {page} twice")
+    for page in sources:
+        if page in set(targets):
+            raise check.value_error(f"page {page} is both source and target")
+
+
+def compact(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    source_table: Tensor,
+    target_table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    columns: Tensor,
+    keep: Tensor,
+    keep_counts: Tensor,
+) -> None:
+    check = _View("compact")
+    check.view(k_pages, v_pages, source_table, "source_table")
+    check.entries(counts, positions)
+    check.columns(columns)
+    check.plain("target_table", target_table, torch.int32, [*check.per_head, ("M", None)])
+    check.plain("keep", keep, torch.int32, [*check.per_head, ("K", None)])
+    check.plain("keep_counts", keep_counts, torch.int32, check.per_head)
+    room = min(keep.shape[2], target_table.shape[2] * check.page_size)
+    for r in range(check.rows):
+        for h in range(check.heads):
+            n = int(keep_counts[r, h])
+            if not 0 <= n <= room:
+                raise check.value_error(f"keep_counts of head ({r}, {h}) is {n}, needs 0 to {room}")
+            before, count = -1, int(counts[r, h])
+            for slot in keep[r, h, :n].tolist():
+                if not before < slot < count:
+                    raise check.value_error(
+                        f"keep of head ({r}, {h}) holds slot {slot} after {before}, needs ascending slots below {count}"
+                    )
+                page = int(source_table[r, h, slot // check.page_size])
+                if not 0 <= page < check.pages:
+                    raise check.value_error(
+                        f"source_table of head ({r}, {h}) holds page {page} in column {slot // check.page_size}, "
+                        f"needs 0 to P-1={check.pages - 1}"
+                    )
+                before = slot
+    check.page_ids("target_table", target_table, torch.zeros_like(keep_counts), keep_counts)
+
+
+def overwrite(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    columns: Tensor,
+    victims: Tensor,
+) -> None:
+    check = _View("overwrite")
+    check.view(k_pages, v_pages, table)
+    check.entries(counts, positions)
+    check.columns(columns)
+    check.plain("victims", victims, torch.int32, check.per_head)
+    for r, h in (victims >= counts).logical_and(victims >= 0).nonzero().tolist():
+        raise check.value_error(
+            f"victims of head ({r}, {h}) is slot {int(victims[r, h])}, needs a slot below {int(counts[r, h])} or -1"
+        )
+    none = victims < 0
+    check.page_ids("table", table, victims.masked_fill(none, 0), (victims + 1).masked_fill(none, 0))
+    check.page_ids("table", table, (counts - 1).masked_fill(none, 0), counts.masked_fill(none, 0))
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor,
+    window_start: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    index: Tensor | None,
+    index_counts: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> None:
+    check = _View("prefill_attention")
+    check.view(k_pages, v_pages, table)
+    check.entries(counts, positions)
+    check.query(q, tokens=True)
+    check.attention(q_positions, window_start, sinks, bias, mask, softcap)
+    check.index(index, index_counts)
+    check.live_pages()
+
+
+def decode_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    window_start: Tensor | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    index_counts: Tensor | None,
+    statistics: Tensor | None,
+    scale: float,
+    softcap: float,
+    statistics_decay: float,
+    statistics_max: bool,
+) -> None:
+    check = _View("decode_attention")
+    check.view(k_pages, v_pages, table)
+    check.entries(counts, positions)
+    check.query(q, tokens=False)
+    check.attention(None, window_start, sinks, bias, None, softcap)
+    check.index(index, index_counts)
+    if statistics is not None:
+        check.plain("statistics", statistics, torch.float32, check.per_entry)
+    check.live_pages()
+
+
+def column_sums(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor,
+    lse: Tensor,
+    window_start: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float,
+    last: int,
+    reduce_max: bool,
+) -> None:
+    check = _View("column_sums")
+    check.view(k_pages, None, table)
+    check.entries(counts, positions)
+    check.query(q, tokens=True)
+    check.attention(q_positions, window_start, None, bias, mask, softcap)
+    check.plain("lse", lse, torch.float32, [*check.per_row, ("Hq", check.query_heads), ("T", check.tokens)])
+    if last < 0:
+        raise check.value_error(f"last is {last}, needs 0 (all) or more")
+    check.live_pages()
+
+
+def selection_scores(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool,
+    per_head: bool,
+) -> None:
+    check = _View("selection_scores")
+    check.view(k_pages, None, table)
+    check.entries(counts, positions)
+    check.query(q, tokens=False)
+    check.plain("first", first, torch.int32, check.per_row)
+    check.plain("end", end, torch.int32, check.per_row)
+    if not per_head and check.heads:
+        for r, h in (counts != counts[:, :1]).nonzero().tolist():
+            raise check.value_error(
+                f"counts of head ({r}, {h}) differs from its row's first head; without per_head all heads must "
+                "hold the same entries"
+            )
+    check.live_pages()
+
+
+def topk(scores: Tensor, counts: Tensor, positions: Tensor, k: Tensor, first: Tensor, end: Tensor, width: int) -> None:
+    check = _View("topk")
+    check.strided("scores", scores, (torch.float32,), [("R", None), ("H", None), ("C", None)])
+    rows, heads, capacity = scores.shape
+    per_head: Dims = [("R", rows), ("H", heads)]
+    check.strided("counts", counts, (torch.int32,), per_head)
+    check.strided("positions", positions, (torch.int32,), [*per_head, ("C", capacity)])
+    check.strided("k", k, (torch.int32,), per_head)
+    check.plain("first", first, torch.int32, per_head[:1])
+    check.plain("end", end, torch.int32, per_head[:1])
+    if width < 0:
+        raise check.value_error(f"width is {width}, needs 0 or more")
+    check.counts_in_range(counts, capacity)
+
+
+def choose_victims(
+    scores: Tensor | None, counts: Tensor, positions: Tensor, budgets: Tensor, first: Tensor, end: Tensor
+) -> None:
+    check = _View("choose_victims")
+    check.strided("positions", positions, (torch.int32,), [("R", None), ("H", None), ("C", None)])
+    rows, heads, capacity = positions.shape
+    per_head: Dims = [("R", rows), ("H", heads)]
+    if scores is not None:
+        check.strided("scores", scores, (torch.float32,), [*per_head, ("C", capacity)])
+    check.strided("counts", counts, (torch.int32,), per_head)
+    check.strided("budgets", budgets, (torch.int32,), per_head)
+    check.plain("first", first, torch.int32, per_head[:1])
+    check.plain("end", end, torch.int32, per_head[:1])
+    check.counts_in_range(counts, capacity)

@@ -1,0 +1,27 @@
+"""Cache policies: one idea, one file. See ``base.Policy`` for how to write another."""
+
+from .base import NEEDS, Policy, Selection
+from .budget import Budget
+from .compose import compose
+from .full import Full
+from .h2o import H2O
+from .random_eviction import RandomEviction
+from .skipdecode import SkipDecode
+from .streamingllm import StreamingLLM
+from .text import parse_policy
+from .tokenselect import TokenSelect
+
+__all__ = [
+    "H2O",
+    "NEEDS",
+    "Budget",
+    "Full",
+    "Policy",
+    "RandomEviction",
+    "Selection",
+    "SkipDecode",
+    "StreamingLLM",
+    "TokenSelect",
+    "compose",
+    "parse_policy",
+]

@@ -1,0 +1,154 @@
+"""The policy interface: what a policy may decide, and what it is shown when it decides.
+
+A policy is an immutable description (a frozen dataclass); whatever it must remember between steps lives in the cache,
+in the layer's side columns or in ``layer.state``. It never touches pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .budget import Budget, resolve_budget
+
+if TYPE_CHECKING:
+    from ..engine import LayerView
+
+NEEDS = frozenset({"attention_sums", "last_attention"})
+REGISTRY: dict[str, type[Policy]] = {}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Entries that one step of one layer reads: ``index`` [rows, 1, K] int32 slots, ``counts`` [rows, 1] int32."""
+
+    index: Tensor
+    counts: Tensor
+
+
+class Policy:
+    """Base of all policies. Subclass as a frozen dataclass and override what the policy decides.
+
+    Class attributes
+        needs: statistics that the engine keeps in the score column of every entry, a subset of
+            ``"attention_sums"`` (probability summed over all queries so far) and ``"last_attention"`` (probability
+            given by the newest query). Both are reduced over the query heads of a kv head with ``group_reduction``.
+        columns: names of further side columns, filled by :meth:`append_columns`.
+        sinks, recent, budget: see :meth:`allocate`; ``budget`` None keeps everything.
+
+    What a subclass may override
+        score (retention), allocate (retention), select (selection), active (layer schedule).
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    columns: ClassVar[tuple[str, ...]] = ()
+    group_reduction: ClassVar[str] = "mean"
+    budget: ClassVar[Budget | None] = None
+    sinks: ClassVar[int] = 0
+    recent: ClassVar[Budget] = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        unknown = set(cls.needs) - NEEDS
+        if unknown:
+            raise TypeError(f"{cls.__name__}.needs names {sorted(unknown)}; known: {sorted(NEEDS)}")
+        if not cls.__name__.startswith("_"):
+            REGISTRY[cls.__name__.lower()] = cls
+
+    # -- retention: which entries stay ------------------------------------------------------------------------------
+
+    @property
+    def retains(self) -> bool:
+        """Whether the policy evicts."""
+        return self.budget is not None
+
+    def allocate(self, layer: LayerView) -> Tensor:
+        """Entries that each head keeps between steps, [rows] or [rows, heads] int. Called at the end of each prompt.
+
+        The default grants every head of every layer ``budget``, of which the first ``sinks`` entries and the last
+        ``recent`` ones are protected. Never below 1.
+        """
+        assert self.budget is not None
+        return self._resolve(self.budget, layer).clamp(min=1)
+
+    def allocate_recent(self, layer: LayerView) -> Tensor:
+        """How many of the newest entries are protected, [rows] int; the default resolves ``recent``."""
+        return self._resolve(self.recent, layer)
+
+    def score(self, layer: LayerView) -> Tensor | None:
+        """Retention score of every entry, [rows, heads, capacity] float32: the lowest leaves first.
+
+        None means "the oldest leaves first". Values of dead slots are ignored.
+        """
+        return None
+
+    def append_columns(self, layer: LayerView, keys: Tensor, values: Tensor) -> Mapping[str, Tensor]:
+        """Values of the declared ``columns`` for new tokens with keys, values [rows, heads, T, D]: name -> [.., T]."""
+        return {}
+
+    # -- selection: which entries this step reads -------------------------------------------------------------------
+
+    @property
+    def selects(self) -> bool:
+        """Whether the policy chooses what each step reads."""
+        return type(self).select is not Policy.select
+
+    def select(self, layer: LayerView, queries: Tensor, positions: Tensor) -> Selection | None:
+        """Entries to read for ``queries`` [rows, query_heads, T, D] at ``positions`` [rows, T] int32 (-1: padding).
+
+        The queries' own tokens are already stored; entries at later positions are hidden anyway. None reads all.
+        """
+        raise NotImplementedError
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Queries per selection when many arrive at once; None: all together."""
+        return None
+
+    @property
+    def positions(self) -> str:
+        """"original", or "compact": entries read are rotated by their place in the list (the cache stores raw keys)."""
+        return "original"
+
+    @property
+    def query_place(self) -> int:
+        """Position by which queries are rotated when they vote under compact positions."""
+        return 0
+
+    # -- schedule: which layers run ---------------------------------------------------------------------------------
+
+    @property
+    def schedules(self) -> bool:
+        """Whether the policy skips layers."""
+        return type(self).active is not Policy.active
+
+    def active(self, layer: int, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
+        """Which tokens run layer ``layer``: bool like ``positions`` (int32, [rows, T]); None: all of them."""
+        return None
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError if the policy cannot work on a model with ``num_layers`` decoder layers."""
+
+    # -- text form and composition ----------------------------------------------------------------------------------
+
+    def __or__(self, other: Policy) -> Policy:
+        from .compose import compose
+
+        return compose(self, other)
+
+    def __str__(self) -> str:
+        shown = []
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if not f.kw_only or value != f.default:
+                shown.append(f"{f.name}={value!r}")
+        name = type(self).__name__.lower()
+        return f"{name}({', '.join(shown)})" if shown else name
+
+    def _resolve(self, value: Budget, layer: LayerView) -> Tensor:
+        tokens = [resolve_budget(value, n, layer.bytes_per_token) for n in layer.prompt_tokens.tolist()]
+        return torch.tensor(tokens, dtype=torch.int32)

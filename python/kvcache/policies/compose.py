@@ -1,0 +1,111 @@
+"""Composition of policies with ``|``: one part for each axis (retention, selection, layer schedule)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .base import Policy, Selection
+
+if TYPE_CHECKING:
+    from ..engine import LayerView
+
+AXES = {"retains": "retention (what stays)", "selects": "selection (what is read)", "schedules": "layer schedule"}
+
+
+class _Composite(Policy):
+    """Several policies as one; made by ``|``, never by hand."""
+
+    def __init__(self, parts: tuple[Policy, ...]) -> None:
+        self.parts = parts
+        self._by_axis: dict[str, Policy] = {}
+        for part in parts:
+            for axis, meaning in AXES.items():
+                if not getattr(part, axis):
+                    continue
+                if axis in self._by_axis:
+                    raise ValueError(f"cannot combine {self._by_axis[axis]} | {part}: both decide the {meaning}")
+                self._by_axis[axis] = part
+        retention, selection = self._by_axis.get("retains"), self._by_axis.get("selects")
+        if retention is not None and selection is not None:
+            raise ValueError(
+                f"cannot combine {retention} | {selection}: {type(selection).__name__} reads from everything that was "
+                f"seen, and its heads vote on one set of entries, but {type(retention).__name__} evicts"
+            )
+        if retention is not None:
+            for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent"):
+                setattr(self, name, getattr(retention, name))
+
+    @property
+    def retains(self) -> bool:
+        return "retains" in self._by_axis
+
+    @property
+    def selects(self) -> bool:
+        return "selects" in self._by_axis
+
+    @property
+    def schedules(self) -> bool:
+        return "schedules" in self._by_axis
+
+    def allocate(self, layer: LayerView) -> Tensor:
+        return self._by_axis["retains"].allocate(layer)
+
+    def allocate_recent(self, layer: LayerView) -> Tensor:
+        return self._by_axis["retains"].allocate_recent(layer)
+
+    def score(self, layer: LayerView) -> Tensor | None:
+        return self._by_axis["retains"].score(layer)
+
+    def append_columns(self, layer: LayerView, keys: Tensor, values: Tensor) -> Mapping[str, Tensor]:
+        return self._by_axis["retains"].append_columns(layer, keys, values)
+
+    def select(self, layer: LayerView, queries: Tensor, positions: Tensor) -> Selection | None:
+        return self._by_axis["selects"].select(layer, queries, positions)
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        return self._by_axis["selects"].prefill_chunk if self.selects else None
+
+    @property
+    def positions(self) -> str:
+        return self._by_axis["selects"].positions if self.selects else "original"
+
+    @property
+    def query_place(self) -> int:
+        return self._by_axis["selects"].query_place if self.selects else 0
+
+    def active(self, layer: int, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
+        part = self._by_axis.get("schedules")
+        return None if part is None else part.active(layer, num_layers, positions, prompt)
+
+    def check(self, num_layers: int) -> None:
+        for part in self.parts:
+            part.check(num_layers)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.parts))
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Composite) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+
+def compose(*policies: Any) -> Policy:
+    """``policies`` as one policy; ValueError when two decide the same thing, TypeError when one is no policy."""
+    parts: list[Policy] = []
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"only policies can be combined with |, got {policy!r}")
+        parts += policy.parts if isinstance(policy, _Composite) else [policy]
+    # A part that decides nothing (Full) is the identity of |.
+    deciding = [p for p in parts if any(getattr(p, axis) for axis in AXES)]
+    if len(deciding) <= 1:
+        return (deciding or parts)[0]
+    return _Composite(tuple(deciding))

@@ -1,0 +1,54 @@
+"""Random eviction: the baseline that every scored policy must beat."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import Policy
+from .budget import Budget, check_budget, check_count
+
+if TYPE_CHECKING:
+    from ..engine import LayerView
+
+_MULTIPLIER = 0x9E3779B1  # odd, so that multiplication mod 2^32 permutes
+
+
+@dataclass(frozen=True)
+class RandomEviction(Policy):
+    """Keep a uniformly random subset of each kv head's entries, the first ``sinks`` and the last ``recent`` for sure.
+
+    The priority of an entry is a hash of (seed, layer, head, position), so that the outcome depends neither on the
+    batch nor on how the prompt is cut into chunks.
+
+    Arguments
+        keep: entries per kv head: an int, a share of the prompt, or bytes.
+        sinks, recent: protected entries, part of ``keep``.
+        seed: another seed keeps another subset.
+    """
+
+    keep: Budget = 0.2
+    _: KW_ONLY
+    sinks: int = 0
+    recent: Budget = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_budget("keep", self.keep)
+        check_count("sinks", self.sinks)
+        check_budget("recent", self.recent, zero=True)
+        check_count("seed", self.seed)
+
+    @property
+    def budget(self) -> Budget:  # type: ignore[override]
+        return self.keep
+
+    def score(self, layer: LayerView) -> Tensor:
+        head = torch.arange(layer.heads, device=layer.positions.device)[None, :, None]
+        x = layer.positions.long() + ((self.seed * 1009 + layer.index) * 257 + head) * 0x10001
+        for shift in (16, 15, 16):
+            x = (x ^ (x >> shift)) * _MULTIPLIER & 0xFFFFFFFF
+        return (x >> 8).float()  # 24 bits: exact in float32

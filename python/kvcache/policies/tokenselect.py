@@ -1,0 +1,131 @@
+"""TokenSelect: read only the tokens that the heads vote for, evict nothing."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import Policy, Selection
+from .budget import check_count
+
+if TYPE_CHECKING:
+    from ..engine import LayerView
+
+
+@dataclass(frozen=True)
+class TokenSelect(Policy):
+    """Every step of every layer reads the first ``sinks`` tokens, the ``k`` best voted ones and the last ``local``.
+
+    Source: arXiv 2411.02886 (EMNLP 2025), section 4. Each query head takes the softmax of its dot products with the
+    candidate keys, without the usual 1/sqrt(D), and the heads' probabilities are summed (soft vote, Eq. 7). Heads of
+    a group score their own kv head (h // group). The Selection Cache (Algorithm 1) keeps a layer's selection while
+    the cosine similarity of the new query with the one that made it is at least ``reuse``; tokens that left the local
+    window meanwhile stay readable until the next selection.
+
+    Arguments
+        k, sinks, local: tokens read (paper: 2048, 128, 512); a row with no more than their sum reads everything.
+        reuse: threshold of the Selection Cache; above 1 every step selects anew, -1 selects once.
+        positions: "original" reads keys as rotated by the model; "compact" stores keys unrotated and rotates the
+            entries read, and the queries, by their place in the reading list, which keeps all positions below
+            sinks + k + local and so works beyond the trained context (the paper's way).
+        chunk: queries per selection while a prompt is read; the chunk's mean query votes (paper: 512, at most
+            ``local``).
+        vote: "soft" (Eq. 7) or "raw" (sum of logits, Eq. 5, the paper's ablation).
+
+    Layers with a sliding window read their window and are not selected from.
+    """
+
+    k: int = 2048
+    sinks: int = 128
+    local: int = 512
+    reuse: float = 0.9
+    _: KW_ONLY
+    positions: str = "original"  # type: ignore[assignment]
+    chunk: int = 512
+    vote: str = "soft"
+
+    def __post_init__(self) -> None:
+        check_count("k", self.k, 1)
+        check_count("sinks", self.sinks)
+        check_count("local", self.local, 1)
+        check_count("chunk", self.chunk, 1)
+        if isinstance(self.reuse, bool) or not isinstance(self.reuse, (int, float)) or self.reuse != self.reuse:
+            raise ValueError(f"reuse must be a number, got {self.reuse!r}")
+        if self.positions not in ("original", "compact"):
+            raise ValueError(f"positions must be 'original' or 'compact', got {self.positions!r}")
+        if self.vote not in ("soft", "raw"):
+            raise ValueError(f"vote must be 'soft' or 'raw', got {self.vote!r}")
+
+    @property
+    def prefill_chunk(self) -> int:
+        # The chunk itself must lie in the local window, or its queries would not read their own neighbours.
+        return min(self.chunk, self.local)
+
+    @property
+    def query_place(self) -> int:
+        return self.local
+
+    def select(self, layer: LayerView, queries: Tensor, positions: Tensor) -> Selection | None:
+        end = positions.amax(1) + 1
+        if int(end.max()) <= self.sinks + self.k + self.local:
+            return None
+        real = (positions >= 0).to(queries.dtype)[:, None, :, None]
+        query = (queries * real).sum(2) / real.sum(2).clamp(min=1)
+        cached = layer.state.get("query")
+        if cached is None:
+            return self._select(layer, query, end, torch.ones_like(end, dtype=torch.bool))
+        similarity = torch.cosine_similarity(query.flatten(1).float(), cached.flatten(1).float(), dim=1)
+        # A row without queries here (its prompt was shorter) keeps what it has.
+        stale = (similarity < self.reuse) & (end > 0)
+        layer.count("selections", int(stale.sum()))
+        layer.count("reuses", int((~stale).sum()))
+        return self._select(layer, query, end, stale) if bool(stale.any()) else self._extend(layer, end)
+
+    def _select(self, layer: LayerView, query: Tensor, end: Tensor, stale: Tensor) -> Selection:
+        """Select anew for the ``stale`` rows, extend the selection of the others."""
+        state, rows = layer.state, len(end)
+        first = torch.full_like(end, self.sinks)
+        local = (end - self.local).clamp(min=self.sinks)
+        scores = layer.vote(query, first, local, soft=self.vote == "soft")
+        k = torch.full((rows, 1), self.k, dtype=torch.int32)
+        fresh = layer.top(scores, k, first, local, end, width=self.sinks + self.k + self.local)
+        if "query" not in state:
+            state.update(query=query, index=fresh.index, counts=fresh.counts, until=end)
+            layer.count("selections", rows)
+            return fresh
+        kept = self._extend(layer, end)
+        width = max(kept.index.shape[2], fresh.index.shape[2])
+        index = torch.where(stale[:, None, None], _widen(fresh.index, width), _widen(kept.index, width))
+        counts = torch.where(stale[:, None], fresh.counts, kept.counts)
+        state.update(
+            query=torch.where(stale[:, None, None], query, state["query"]),
+            index=index,
+            counts=counts,
+            until=torch.where(stale, end, state["until"]),
+        )
+        return Selection(index, counts)
+
+    def _extend(self, layer: LayerView, end: Tensor) -> Selection:
+        """The cached selection and every token that came since."""
+        state = layer.state
+        index, counts, until = state["index"], state["counts"], state["until"]
+        fresh = int((end - until).max())
+        need = int(counts.max()) + max(fresh, 0)
+        if need > index.shape[2]:
+            index = _widen(index, need + self.local)
+        if fresh > 0:
+            step = torch.arange(fresh, dtype=torch.int32)[None]
+            new = step < (end - until)[:, None]
+            place = torch.where(new, counts + step, index.shape[2] - 1).long()
+            slots = torch.where(new, until[:, None] + step, index[:, 0].gather(1, place))
+            index[:, 0].scatter_(1, place, slots)
+            counts = counts + (end - until).clamp(min=0)[:, None]
+        state.update(index=index, counts=counts, until=torch.maximum(end, until))
+        return Selection(index, counts)
+
+
+def _widen(index: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(index, (0, width - index.shape[2]), value=-1)

@@ -1,0 +1,322 @@
+"""Pages, tables and side columns: where entries live. Knows nothing of policies and nothing of transformers.
+
+:class:`PageStorage` is the memory of one pool: two tensors of pages and the host object that counts references.
+:class:`LayerStore` is one layer's part of it: which pages each (row, kv head) holds, how many entries, and their side
+columns. All offsets are 64-bit; anything that needs pages either gets all of them or raises before it changes anything.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+from ._C import OutOfPages, PagePool
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PageStorage:
+    """The pages of one pool: ``k_pages`` [P, S, Dk] and ``v_pages`` [P, S, Dv].
+
+    Grows by doubling, up to ``limit`` pages (set by the cache from ``max_tokens``) or the machine's memory, and gives
+    memory back when less than half of it is used after a bulk eviction.
+    """
+
+    def __init__(self, page_size: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.page_size = page_size
+        self.pool = PagePool(page_size)
+        self.k_pages = torch.empty(0, page_size, k_dim, dtype=dtype, device=device)
+        self.v_pages = torch.empty(0, page_size, v_dim, dtype=dtype, device=device)
+        self.limit: int | None = None
+        self.layers: weakref.WeakSet[LayerStore] = weakref.WeakSet()
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, keys and values."""
+        return self.page_size * self.token_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one entry, key and value."""
+        return (self.k_pages.shape[2] + self.v_pages.shape[2]) * self.k_pages.element_size()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that the storage has taken from the allocator, held pages and free ones."""
+        return self.pool.capacity * self.page_bytes
+
+    def reserve(self, pages: int, spare: int = 0) -> None:
+        """Make sure that ``pages`` pages are free, and ``spare`` more if there is room for them.
+
+        Raises :class:`OutOfPages` when the limit or the memory does not allow it; nothing has changed then.
+        """
+        missing = pages - self.pool.free_pages
+        if missing <= 0:
+            return
+        capacity = self.pool.capacity
+        needed = capacity + missing
+        if self.limit is not None and needed > self.limit:
+            raise OutOfPages(
+                f"{pages} more pages of {self.page_size} tokens are needed, but {self.pool.used} of the "
+                f"{self.limit} that max_tokens allows are in use; raise max_tokens or use a policy that keeps less"
+            )
+        wanted = max(2 * capacity, needed + spare)
+        if self.limit is not None:
+            wanted = min(wanted, self.limit)
+        for target in dict.fromkeys((wanted, needed)):
+            try:
+                self._resize(target)
+                return
+            except (RuntimeError, MemoryError) as error:  # the allocator refused
+                failure = error
+        raise OutOfPages(
+            f"no memory for {needed} pages of {self.page_bytes} bytes ({self.pool.used} in use): {failure}"
+        ) from None
+
+    def _resize(self, capacity: int) -> None:
+        k, v = (x.new_empty(capacity, *x.shape[1:]) for x in (self.k_pages, self.v_pages))
+        used = self.pool.capacity
+        k[:used].copy_(self.k_pages)
+        v[:used].copy_(self.v_pages)
+        self.pool.grow(capacity)
+        self.k_pages, self.v_pages = k, v
+
+    def trim(self) -> None:
+        """Give memory back if less than half of the pages are used: live pages move together, tables follow."""
+        capacity = self.pool.used + self.pool.used // 8 + 8
+        if 2 * capacity > self.pool.capacity:
+            return
+        moved = torch.from_numpy(np.asarray(self.pool.relocate(capacity)))
+        old = (moved >= 0).nonzero().squeeze(-1)
+        new = moved[old].long()
+        device = self.k_pages.device
+        for name in ("k_pages", "v_pages"):
+            pages = getattr(self, name)
+            fresh = pages.new_empty(capacity, *pages.shape[1:])
+            fresh[new.to(device)] = pages[old.to(device)]
+            setattr(self, name, fresh)
+        lookup = moved.to(device=device, dtype=torch.int32)
+        for layer in self.layers:
+            table = layer.table
+            table.copy_(torch.where(table >= 0, lookup[table.clamp(min=0).long()], -1))
+
+    def copy(self, pairs: tuple[np.ndarray, np.ndarray]) -> None:
+        """Carry out the page copies of a copy on write: (source, target) page ids."""
+        if len(pairs[0]):
+            device = self.k_pages.device
+            source, target = (torch.from_numpy(np.asarray(x)).to(device) for x in pairs)
+            ops.copy_pages(self.k_pages, self.v_pages, source, target)
+
+
+class LayerStore:
+    """Entries of one layer: ragged over rows and kv heads.
+
+    table [R, H, M] int32, counts [R, H] int32, positions [R, H, C] int32, columns [N, R, H, C] float32; column 0 is
+    the score, ``column_names`` names the others. See ``ops.reference`` for the layout.
+    """
+
+    def __init__(self, storage: PageStorage, rows: int, heads: int, column_names: Sequence[str] = ()) -> None:
+        self.storage = storage
+        self.rows, self.heads = rows, heads
+        self.column_names = ("score", *column_names)
+        device = storage.k_pages.device
+        self.table = torch.full((rows, heads, 0), -1, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(rows, heads, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(rows, heads, 0, dtype=torch.int32, device=device)
+        self.columns = torch.zeros(len(self.column_names), rows, heads, 0, device=device)
+        self.max_count = 0  # an upper bound of counts, known without asking the device
+        self._bind()
+        storage.layers.add(self)
+
+    def _bind(self) -> None:
+        """Renew the numpy views through which the pool reads counts and writes tables; after every replacement."""
+        self._table, self._counts = _host(self.table), _host(self.counts)
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        return self.positions.shape[2]
+
+    @property
+    def pages(self) -> int:
+        """Pages in the tables; a page shared by several rows counts once for each of them."""
+        return int((self.table >= 0).sum())
+
+    def pages_needed(self, added: np.ndarray) -> int:
+        """Fresh pages that appending ``added`` [R] int32 entries to every head takes, copies on write included."""
+        self._widen(self.max_count + int(added.max(initial=0)))
+        return self.storage.pool.pages_needed(self._table, self._counts, added)
+
+    def _widen(self, entries: int) -> None:
+        """Make room in table and columns for ``entries`` per head."""
+        if entries <= self.capacity:
+            return
+        width = max(-(-entries // self.storage.page_size), 2 * self.table.shape[2])
+        more = width - self.table.shape[2]
+        pad = torch.nn.functional.pad
+        self.table = pad(self.table, (0, more), value=-1)
+        self.positions = pad(self.positions, (0, more * self.storage.page_size))
+        self.columns = pad(self.columns, (0, more * self.storage.page_size))
+        self._bind()
+
+    # -- changes ----------------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        k: Tensor,
+        v: Tensor,
+        new_positions: Tensor,
+        added: np.ndarray,
+        new_columns: Tensor | None = None,
+        spare: int | None = None,
+    ) -> None:
+        """Store k [R, H, T, Dk] and v [R, H, T, Dv] at ``new_positions`` [R, T] int32 (-1: not stored).
+
+        ``added`` [R] int32 counts the stored tokens of each row. With ``spare`` the pages are reserved here, and that
+        many more if the storage has to grow; None: the caller has done it. Raises :class:`OutOfPages` before anything
+        changes.
+        """
+        most = int(added.max(initial=0))
+        if most == 0:
+            return
+        pool = self.storage.pool
+        if spare is not None:
+            self.storage.reserve(self.pages_needed(added), spare)
+        self.storage.copy(pool.extend(self._table, self._counts, added))
+        s = self.storage
+        ops.append(
+            s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, k, v, new_positions,
+            new_columns,
+        )  # fmt: skip
+        self.max_count += most
+
+    def fill(self, k: Tensor, v: Tensor, counts: Tensor, positions: Tensor, columns: Tensor) -> None:
+        """Take over dense entries by slot, ragged over rows and heads; the store must be empty.
+
+        k, v [R, H, n, D]; counts [R, H]; positions [R, H, n]; columns [N, R, H, n].
+        """
+        n, s = k.shape[2], self.storage
+        pairs = self.rows * self.heads
+        self._widen(n)
+        table, held = self.table.view(pairs, 1, -1), torch.zeros(pairs, 1, dtype=torch.int32)
+        added = counts.reshape(-1).int()
+        s.reserve(int((-(-added // s.page_size)).sum()))
+        s.copy(s.pool.extend(_host(table), _host(held), _host(added)))
+        slots = torch.arange(n, dtype=torch.int32).expand(pairs, -1)
+        where = torch.where(slots < added[:, None], slots, -1).contiguous()
+        flat_positions = torch.zeros(pairs, 1, self.capacity, dtype=torch.int32)
+        flat_columns = torch.zeros(len(self.column_names), pairs, 1, self.capacity)
+        ops.append(
+            s.k_pages, s.v_pages, table, held, flat_positions, flat_columns, k.reshape(pairs, 1, n, -1),
+            v.reshape(pairs, 1, n, -1), where,
+        )  # fmt: skip
+        self.counts.copy_(counts)
+        self.positions[..., :n] = positions
+        self.columns[..., :n] = columns
+        self.max_count = int(counts.max()) if counts.numel() else 0
+
+    def keep(self, index: Tensor, index_counts: Tensor) -> None:
+        """Keep only the slots ``index`` [R, H, K] int32, ascending, ``index_counts`` [R, H] of them; free the rest."""
+        s, pool = self.storage, self.storage.pool
+        target = self.table
+        shared = pool.shared(self._table)
+        if shared:
+            target = torch.full_like(self.table, -1)
+            nothing = torch.zeros_like(self.counts)
+            # Every head asks for its own number of entries: seen by the pool as rows of one head.
+            wanted = np.ascontiguousarray(_host(index_counts).reshape(-1))
+            flat = target.view(-1, 1, target.shape[2])
+            s.reserve(int(np.sum(-(-wanted // s.page_size))))
+            pool.extend(_host(flat), _host(nothing.view(-1, 1)), wanted)
+        ops.compact(
+            s.k_pages, s.v_pages, self.table, target, self.counts, self.positions, self.columns, index, index_counts
+        )
+        if shared:
+            pool.release(self._table)
+            self.table = target
+            self._bind()
+        else:
+            pool.shrink(self._table, self._counts)
+        self.max_count = int(self._counts.max(initial=0))
+
+    def overwrite(self, victims: Tensor) -> None:
+        """Evict one slot ``victims`` [R, H] int32 of each head (-1: none), in place."""
+        s, pool = self.storage, self.storage.pool
+        if pool.shared(self._table):
+            page = np.where(_host(victims) < 0, 0, _host(victims) // s.page_size).astype(np.int32)
+            touched = (page + (_host(victims) >= 0)).astype(np.int32)
+            s.reserve(int(np.count_nonzero(_host(victims) >= 0)))
+            s.copy(pool.unshare(self._table, page, touched))
+        ops.overwrite(s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, victims)
+        pool.shrink(self._table, self._counts)
+        self.max_count = int(self._counts.max(initial=0))
+
+    def crop(self, limits: Tensor) -> None:
+        """Drop every entry whose position is at or beyond ``limits`` [R] int32."""
+        if self.max_count == 0:
+            return
+        live = torch.arange(self.capacity, device=self.counts.device) < self.counts[..., None]
+        beyond = live & (self.positions >= limits[:, None, None])
+        if not bool(beyond.any()):
+            return
+        none = torch.zeros_like(self.counts)
+        far = torch.full_like(limits, torch.iinfo(torch.int32).max)
+        index, counts = ops.topk(
+            self.columns[0], self.counts, self.positions, none, limits, far, width=max(self.max_count, 1)
+        )
+        self.keep(index, counts)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Row r becomes a copy of the old row ``rows[r]`` (int64 [R']); pages are shared, not copied."""
+        pool = self.storage.pool
+        old = self.table
+        device_rows = rows.to(old.device)
+        self.table = old[device_rows].contiguous()
+        pool.retain(_host(self.table))
+        pool.release(self._table)
+        self.counts = self.counts[device_rows].contiguous()
+        self.positions = self.positions[device_rows].contiguous()
+        self.columns = self.columns[:, device_rows].contiguous()
+        self.rows = len(rows)
+        self._bind()
+
+    def fork(self) -> LayerStore:
+        """A second store with the same entries; pages are shared until one side writes."""
+        twin = LayerStore(self.storage, self.rows, self.heads, self.column_names[1:])
+        for name in ("table", "counts", "positions", "columns"):
+            setattr(twin, name, getattr(self, name).clone())
+        twin.max_count = self.max_count
+        twin._bind()
+        self.storage.pool.retain(twin._table)
+        return twin
+
+    def release(self) -> None:
+        """Give every page back; the store is empty afterwards."""
+        self.storage.pool.release(self._table)
+        self.counts.zero_()
+        self.max_count = 0
+
+    def __del__(self) -> None:
+        # A fork that goes out of use must not hold on to the pages that it shares.
+        if hasattr(self, "_table"):
+            self.storage.pool.release(self._table)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def gather(self, what: str, width: int | None = None) -> Tensor:
+        """Dense copy of ``what`` ("keys" or "values") in slot order, [R, H, width, D]; dead slots are zero."""
+        pages = self.storage.k_pages if what == "keys" else self.storage.v_pages
+        return ops.reference.gather_pages(pages, self.table, self.counts, self.max_count if width is None else width)
+
+
+def _host(x: Tensor) -> np.ndarray:
+    """A numpy view of a CPU tensor. The pool writes into tables through it, so a copy would be an error."""
+    if x.device.type != "cpu":
+        raise RuntimeError(f"tables must live on the CPU in this version, got {x.device}")
+    return x.numpy()

@@ -1,0 +1,190 @@
+"""wrap and unwrap: make a transformers model generate with a paged, policy-driven cache, and undo it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import types
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .attention import NAME
+from .cache import KVCache, check_options, layer_windows, resolve_policy
+from .layers import STATE, WrappedState, hook_forward, wrapped_state
+from .policies import Policy
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+DECODE_MODES = ("auto", "eager")
+
+
+def wrap(
+    model: ModelT,
+    policy: Policy | str = "full",
+    *,
+    page_size: int = 16,
+    kv_dtype: str | torch.dtype = "auto",
+    max_tokens: int | None = None,
+    decode: str = "auto",
+) -> ModelT:
+    """Let ``model`` generate with a paged cache that follows ``policy``; in place, ``generate()`` works unchanged.
+
+    Arguments
+        model: a transformers decoder-only causal language model.
+        policy: a :class:`kvcache.Policy`, several joined by ``|``, or the text form, e.g. ``"h2o(heavy=0.1)"``.
+        page_size: entries per page; a page belongs to one (row, layer, kv head).
+        kv_dtype: dtype in which keys and values are stored: "auto" (the model's), "fp32", "bf16", "fp16" or the
+            torch dtype. Arithmetic is float32 in any case.
+        max_tokens: tokens, summed over the rows, that the pool may hold at once; None: as many as memory allows.
+        decode: "auto" or "eager": how single tokens run; both are eager on a CPU.
+
+    Returns the model. Wrapping a wrapped model replaces policy and options. Raises TypeError or ValueError naming what
+    is wrong, with the model untouched: an option, a policy or a model that is not supported.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    resolved = resolve_policy(policy)
+    check_options(page_size, kv_dtype, max_tokens)
+    if decode not in DECODE_MODES:
+        raise ValueError(f"decode must be one of {DECODE_MODES}, got {decode!r}")
+    name = type(model).__name__
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is not a decoder-only model that generates: kvcache cannot wrap it")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "cpu":
+        raise ValueError(f"{name} is on {device}: this version of kvcache runs on the CPU only")
+    windows = layer_windows(model)
+    resolved.check(len(windows))
+    materialised = attention_tiers(model, len(windows))
+
+    previous = wrapped_state(model)
+    state = WrappedState(
+        resolved, page_size, kv_dtype, max_tokens, windows, materialised, previous.original if previous else ""
+    )
+    state.check_policy(model, resolved)
+    unwrap(model)
+    state.original = _set_implementation(model, NAME)
+    state.handles = hook_forward(model)
+    setattr(model, STATE, state)
+    state.route(model, resolved)
+    model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)  # type: ignore[method-assign]
+    return model
+
+
+def unwrap(model: ModelT) -> ModelT:
+    """Undo :func:`wrap`: the model is exactly as it was. A model that is not wrapped is left alone. Returns it."""
+    state = wrapped_state(model)
+    if state is None:
+        return model
+    for handle in state.handles:
+        handle.remove()
+    for layer in state.routed:
+        layer.__dict__.pop("forward", None)
+    model.__dict__.pop("_prepare_cache_for_generation", None)
+    delattr(model, STATE)
+    if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
+        _set_implementation(model, state.original)
+    return model
+
+
+def _set_implementation(model: PreTrainedModel, name: str) -> str:
+    """Switch the decoder's attention implementation; returns the one before. ValueError if the model ignores it."""
+    text = model.config.get_text_config(decoder=True)
+    before = text._attn_implementation
+    if text is model.config:
+        model.set_attn_implementation(name)
+    else:  # keep vision and audio towers on their own implementation
+        key = next(k for k in model.config.sub_configs if getattr(model.config, k) is text)
+        model.set_attn_implementation({key: name})
+    if text._attn_implementation != name:
+        raise ValueError(
+            f"{type(model).__name__} does not use transformers' attention interface, which kvcache needs in this version"
+        )
+    return before or "sdpa"
+
+
+def _prepare_cache(
+    self: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Where ``generate`` makes its cache: make ours unless the user asked for another one or for none."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and not bool(mask.any(1).all()):
+        row = int((~mask.bool().any(1)).nonzero()[0])
+        raise ValueError(f"row {row} of the prompt is empty: its attention_mask is 0 everywhere")
+    given = model_kwargs.get("past_key_values") is not None
+    if not given and generation_config.use_cache is not False and generation_config.cache_implementation is None:
+        model_kwargs["past_key_values"] = KVCache(self)
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()
+    else:
+        type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, KVCache):
+        # In chunks nothing tells the last one; the policy must know when the whole prompt is there.
+        columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        cache.engine.prompt_length = columns if generation_config.prefill_chunk_size is not None else None
+    return None
+
+
+# -- how a model's attention uses its cache -------------------------------------------------------------------------
+
+
+def attention_tiers(model: PreTrainedModel, count: int) -> frozenset[int]:
+    """Layers whose model code transforms keys or values between ``update()`` and the attention function (MLA).
+
+    Those get their entries densely (materialised); all others only a handle. Read off the source of every attention
+    module. ValueError names a layer without a module that kvcache understands.
+    """
+    found: dict[int, bool] = {}
+    for module in model.modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or index >= count:
+            continue
+        transforms = _transforms_after_update(type(module))
+        if transforms is None:
+            continue
+        found[index] = found.get(index, False) or transforms
+    missing = [i for i in range(count) if i not in found]
+    if missing:
+        kinds = sorted({type(m).__name__ for m in model.modules() if getattr(m, "layer_idx", None) in missing})
+        raise ValueError(
+            f"{type(model).__name__}: layer {missing[0]} has no attention module that calls past_key_values.update() "
+            f"and transformers' attention interface (modules of that layer: {', '.join(kinds) or 'none found'}); "
+            "kvcache does not support this model yet"
+        )
+    return frozenset(i for i, transforms in found.items() if transforms)
+
+
+def _transforms_after_update(cls: type[nn.Module]) -> bool | None:
+    """Whether ``cls.forward`` changes keys or values after caching them; None if it does no cached attention."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
+        tree = ast.parse(source)
+    except (OSError, TypeError, SyntaxError):
+        return None
+    names: list[str] | None = None
+    updated = called = 0
+    passed: list[str | None] = []
+    assigned: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+            call = node.value
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "update":
+                if len(targets) == 2:
+                    names, updated = targets, node.lineno
+                continue
+            assigned += [(node.lineno, n) for n in targets]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attention_interface":
+            by_name = {k.arg: k.value for k in node.keywords}
+            arguments = [*node.args[2:4], *(by_name[k] for k in ("key", "value") if k in by_name)]
+            passed, called = [a.id if isinstance(a, ast.Name) else None for a in arguments[:2]], node.lineno
+    if names is None or not called:
+        return None
+    return passed != names or any(n in names and updated < line < called for line, n in assigned)

@@ -1,0 +1,185 @@
+"""Bad arguments: the same exception with the same words from both backends, and nothing written."""
+
+import copy
+
+import pytest
+import torch
+from paged_case import make_paged
+
+from kvcache import ops
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def good_calls():
+    """name -> dict of arguments of a call that is fine; R=2, H=2, Hq=4, T=3, C=16, Dk=8, Dv=6, P=19, N=1."""
+    case = make_paged(rows=2, heads=2, page_size=4, k_dim=8, v_dim=6, max_count=12, room=4, same_counts=True, seed=4)
+    assert case.counts.min() > 2
+    storage = dict(zip(("k_pages", "v_pages", "table", "counts", "positions", "columns"), case.args))
+    read = {name: storage[name] for name in ("k_pages", "v_pages", "table", "counts", "positions")}
+    keys = {name: storage[name] for name in ("k_pages", "table", "counts", "positions")}
+    capacity = case.positions.shape[2]
+    keep = ints([0, 2, -1]).expand(2, 2, 3).contiguous()
+    two = ints([[2, 2], [2, 2]])
+    q, q_positions = torch.randn(2, 4, 3, 8), ints([[1, 2, 3], [4, 5, 6]])
+    extras = {"sinks": torch.zeros(4), "bias": torch.zeros(2, 4, capacity)}
+    listed = {"index": keep, "index_counts": two}
+    bounds = {"first": ints([0, 1]), "end": ints([20, 30])}
+    mask = torch.ones(2, 2, 3, capacity, dtype=torch.bool)
+    ranked = {"scores": torch.randn(2, 2, capacity), "counts": storage["counts"], "positions": storage["positions"]}
+    return {
+        "append": storage
+        | {"k": torch.randn(2, 2, 3, 8), "v": torch.randn(2, 2, 3, 6), "new_positions": q_positions}
+        | {"new_columns": torch.zeros(1, 2, 2, 3)},
+        "copy_pages": {"k_pages": storage["k_pages"], "v_pages": storage["v_pages"]}
+        | {"source": ints([0, 1]), "target": ints([2, 3])},
+        "compact": {("source_table" if name == "table" else name): x for name, x in storage.items()}
+        | {"target_table": storage["table"].clone(), "keep": keep, "keep_counts": two},
+        "overwrite": storage | {"victims": ints([[0, -1], [1, 2]])},
+        "prefill_attention": {"q": q}
+        | read
+        | {"q_positions": q_positions, "window_start": q_positions - 3}
+        | extras
+        | {"mask": mask}
+        | listed
+        | {"scale": 0.5, "softcap": 10.0},
+        "decode_attention": {"q": q[:, :, 0]}
+        | read
+        | {"window_start": ints([0, 1])}
+        | extras
+        | listed
+        | {"statistics": torch.zeros(2, 2, capacity), "scale": 0.5, "softcap": 10.0},
+        "column_sums": {"q": q}
+        | keys
+        | {"q_positions": q_positions, "lse": torch.zeros(2, 4, 3), "window_start": q_positions - 3}
+        | {"bias": extras["bias"], "mask": mask, "scale": 0.5, "softcap": 10.0, "last": 2},
+        "selection_scores": {"q": q[:, :, 0]} | keys | bounds | {"scale": 0.5},
+        "topk": ranked | {"k": two} | bounds | {"width": capacity},
+        "choose_victims": ranked | {"budgets": two} | bounds,
+    }
+
+
+def change_for(name, op):
+    """Generic damage: (label, exception, function of the good value)."""
+    storage_dtype = name in ("k_pages", "v_pages", "k", "v", "q")
+    yield "float64" if storage_dtype else "dtype", TypeError, lambda x: x.double() if x.dtype != torch.int32 else x.long()
+    yield "rank", ValueError, lambda x: x[..., None]
+    yield "more in dimension 0", ValueError, lambda x: torch.cat([x, x[:1]])
+    if op not in ("topk", "choose_victims") or name in ("first", "end"):
+        yield "stride", ValueError, lambda x: torch.stack([x, x], -1)[..., 0]
+
+
+def bad_calls():
+    # These define R, P or H, so that the damage shows at others, or their first dimension is nobody's business.
+    defining = ("k_pages", "v_pages", "table", "source_table", "scores", "source")
+    free = {("compact", "columns"), ("overwrite", "columns"), ("choose_victims", "positions")}
+    for op, good in good_calls().items():
+        for name, value in good.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            for label, error, damage in change_for(name, op):
+                if label.startswith("more") and (name in defining or (op, name) in free):
+                    continue
+                yield f"{op}-{name}-{label}", op, {name: damage(value)}, error
+            yield f"{op}-{name}-not a tensor", op, {name: 3}, TypeError
+
+    def values(op, error=ValueError, /, **changes):
+        return f"{op}-{'-'.join(changes)}-{error.__name__}", op, changes, error
+
+    good = good_calls()
+    table, counts = good["append"]["table"], good["append"]["counts"]
+    capacity = good["topk"]["width"]
+    n = int(counts[0, 0])
+    hole = table.clone()
+    hole[1, 1, 0] = -1
+    far = table.clone()
+    far[0, 1, 0] = 10**6
+    ends = torch.where(table >= 0, table, 0)
+    ends[1, 0, int(counts[1, 0]) // 4] = -1
+    many = counts.clone()
+    many[1, 1] = capacity + 1
+    for op in ("append", "overwrite", "prefill_attention", "decode_attention", "column_sums", "selection_scores"):
+        yield values(op, counts=many)
+        yield values(op, counts=-counts)
+    for op in ("prefill_attention", "decode_attention", "column_sums", "selection_scores"):
+        yield values(op, table=hole)
+        yield values(op, table=far)
+        yield values(op, q=good[op]["q"][:, :3].contiguous())
+    for op in ("topk", "choose_victims"):
+        yield values(op, counts=many)
+    yield values("append", table=ends)
+    yield values("append", counts=torch.full_like(counts, capacity - 2))
+    yield values("append", TypeError, v_pages=good["append"]["v_pages"].half())
+    yield values("append", k_pages=torch.zeros(5, 4, 300), v_pages=torch.zeros(5, 4, 6))
+    yield values("append", k_pages=torch.zeros(5, 0, 8), v_pages=torch.zeros(5, 0, 6))
+    yield values("copy_pages", source=ints([0, -1]))
+    yield values("copy_pages", target=ints([2, 10**6]))
+    yield values("copy_pages", target=ints([2, 2]))
+    yield values("copy_pages", target=ints([2, 1]))
+    keep = good["compact"]["keep"]
+    yield values("compact", keep=ints([2, 0, 1]).expand(2, 2, 3).contiguous())
+    yield values("compact", keep=ints([1, 1, 1]).expand(2, 2, 3).contiguous())
+    yield values("compact", keep=keep + n)
+    yield values("compact", keep_counts=ints([[2, 2], [2, 4]]))
+    yield values("compact", keep_counts=ints([[2, 2], [-1, 2]]))
+    yield values("compact", source_table=hole)
+    yield values("compact", target_table=hole)
+    yield values("compact", target_table=torch.empty(2, 2, 0, dtype=torch.int32))
+    yield values("overwrite", victims=ints([[n, 0], [0, 0]]))
+    yield values("overwrite", table=hole)
+    for op in ("prefill_attention", "decode_attention"):
+        yield values(op, index=None)
+        yield values(op, index_counts=None)
+        yield values(op, index=keep + n)
+        yield values(op, index=ints([2, 2, 0]).expand(2, 2, 3).contiguous())
+        yield values(op, index_counts=ints([[2, 2], [4, 2]]))
+        yield values(op, index_counts=ints([[2, -2], [2, 2]]))
+        yield values(op, index=keep[:, :1].expand(2, 3, 3).contiguous(), index_counts=ints([[2] * 3] * 2))
+    for op in ("prefill_attention", "decode_attention", "column_sums"):
+        yield values(op, bias=torch.zeros(2, 3, capacity))
+        yield values(op, softcap=-1.0)
+        yield values(op, softcap=float("nan"))
+    for op in ("prefill_attention", "column_sums"):
+        yield values(op, mask=torch.ones(2, 3, 3, capacity, dtype=torch.bool))
+    yield values("column_sums", last=-1)
+    yield values("selection_scores", counts=counts - ints([[0, 1], [0, 0]]))
+    yield values("topk", width=-1)
+    yield values("topk", width=1)
+
+
+BAD = list(bad_calls())
+
+
+@pytest.mark.parametrize("op", sorted(good_calls()))
+def test_the_good_calls_are_good(backend, op):
+    getattr(ops, op)(**good_calls()[op])
+
+
+@pytest.mark.parametrize(("op", "changes", "error"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_call(op, changes, error):
+    messages = []
+    for backend in ("reference", "native"):
+        args = copy.deepcopy(good_calls()[op]) | copy.deepcopy(changes)
+        before = copy.deepcopy(args)
+        with ops.use_backend(backend), pytest.raises(error) as raised:
+            getattr(ops, op)(**args)
+        messages.append(str(raised.value))
+        for name, value in args.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
+    if 3 not in [x for x in changes.values() if isinstance(x, int)]:
+        assert messages[0] == messages[1]
+        assert messages[0].startswith(f"{op}: ")
+        assert any(name in messages[0] for name in args)  # it says which argument is wrong
+
+
+def test_backend_switch():
+    assert ops.backend() == "native"
+    with ops.use_backend("reference"):
+        assert ops.backend() == "reference"
+        with pytest.raises(ValueError, match="unknown backend 'gpu', must be one of native, reference"):
+            ops.set_backend("gpu")
+        assert ops.backend() == "reference"
+    assert ops.backend() == "native"

@@ -1,0 +1,122 @@
+"""torch.library.opcheck and torch.compile over every op: schema, mutation annotations, fake kernels."""
+
+import pytest
+import torch
+from paged_case import make_paged
+
+from kvcache import ops
+
+pytestmark = pytest.mark.cpu
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def case_of(**changes):
+    settings = {"rows": 2, "heads": 2, "page_size": 4, "k_dim": 8, "v_dim": 6, "max_count": 12, "room": 8, "seed": 7}
+    case = make_paged(**settings | changes)
+    for x in (case.k_pages, case.v_pages, case.columns):
+        x.nan_to_num_(0.0)  # opcheck compares with ==
+    return case
+
+
+def samples():
+    """name -> (args, kwargs) of one or more calls."""
+    case, twin = case_of(), case_of(same_counts=True)
+    capacity = case.positions.shape[2]
+    k, v = torch.randn(2, 2, 3, 8).bfloat16(), torch.randn(2, 2, 3, 6)
+    new_positions = ints([[30, 31, -1], [40, 41, 42]])
+    keep = torch.full((2, 2, 5), -1, dtype=torch.int32)
+    keep[..., 0] = 0
+    keep_counts = case.counts.clamp(max=1)
+    q, q_positions = torch.randn(2, 4, 3, 8), ints([[-1, 10, 11], [9, 10, 11]])
+    index, index_counts = keep, keep_counts
+    first, end = ints([1, 2]), ints([20, 30])
+    shared = (case.k_pages, case.v_pages, case.table, case.counts, case.positions)
+    keys = (case.k_pages, case.table, case.counts, case.positions)
+    extras = (q_positions - 5, torch.randn(4), torch.randn(2, 4, capacity))
+    mask = torch.rand(2, 1, 3, capacity) < 0.7
+    statistics = torch.rand(2, 2, capacity)
+    lse = torch.randn(2, 4, 3)
+    return {
+        "append": [(case.args + (k, v, new_positions),), (case.args + (k, v, new_positions, torch.randn(1, 2, 2, 3)),)],
+        "copy_pages": [((case.k_pages, case.v_pages, ints([0, 1]), ints([2, 3])),)],
+        "compact": [((*case.args[:3], case.table.clone(), *case.args[3:], keep, keep_counts),)],
+        "overwrite": [((*case.args, case.counts.clamp(max=1) - 1),)],
+        "prefill_attention": [
+            ((q, *shared, q_positions, None, None, None, None, None, None, 0.4),),
+            ((q, *shared, q_positions, *extras, mask, index, index_counts, 0.4, 20.0),),
+        ],
+        "decode_attention": [
+            ((q[:, :, 0], *shared, None, None, None, None, None, None, 0.4),),
+            ((q[:, :, 0], *shared, first, *extras[1:], index, index_counts, statistics, 0.4, 20.0, 0.9, True),),
+        ],
+        "column_sums": [
+            ((q, *keys, q_positions, lse, None, None, None, 0.4),),
+            ((q, *keys, q_positions, lse, extras[0], extras[2], mask, 0.4, 20.0, 2, True),),
+        ],
+        "selection_scores": [
+            ((q[:, :, 0], *keys, first, end, 0.4, True, True),),
+            ((q[:, :, 0], twin.k_pages, twin.table, twin.counts, twin.positions, first, end, 0.4, False),),
+        ],
+        "topk": [((case.columns[0], case.counts, case.positions, case.counts // 2, first, end, capacity),)],
+        "choose_victims": [
+            ((case.columns[0], case.counts, case.positions, case.counts // 2, first, end),),
+            ((None, case.counts, case.positions, case.counts // 2, first, end),),
+        ],
+    }
+
+
+ALL_OPS = sorted(samples())
+
+
+def test_samples_cover_every_op():
+    assert ALL_OPS == sorted(set(ops.__all__) - {"backend", "set_backend", "use_backend"})
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_opcheck(name):
+    torch.manual_seed(0)
+    for (args,) in samples()[name]:
+        torch.library.opcheck(getattr(torch.ops.kvcache, name).default, args, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_fake_outputs_have_the_real_ones_layout(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for (args,) in samples()[name]:
+        real = getattr(ops, name)(*args)
+        with FakeTensorMode() as mode:
+            fake = getattr(ops, name)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+        real, fake = ((x if isinstance(x, tuple) else (x,)) for x in (real, fake))
+        for a, b in zip(real, fake):
+            if a is not None:
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("compiled_backend", ["aot_eager"])
+def test_a_step_compiles_as_one_graph(compiled_backend):
+    """append, attention with statistics, victims, overwrite: what a layer does in a decode step."""
+
+    def step(q, k, v, new_positions, budgets, first, end, *storage):
+        k_pages, v_pages, table, counts, positions, columns = storage
+        ops.append(*storage, k, v, new_positions)
+        shared = (k_pages, v_pages, table, counts, positions)
+        out, _ = ops.decode_attention(q, *shared, None, None, None, None, None, columns[0], 0.35)
+        victims = ops.choose_victims(columns[0], counts, positions, budgets, first, end)
+        ops.overwrite(*storage, victims)
+        return out * 2
+
+    torch.manual_seed(0)
+    plain, compiled = case_of(), case_of()
+    run = torch.compile(step, fullgraph=True, backend=compiled_backend)
+    budgets, first, end = plain.counts.clone(), ints([0, 0]), ints([1000, 1000])
+    for i in range(2):
+        args = (torch.randn(2, 4, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 6), ints([[50 + i], [60 + i]]))
+        rest = (budgets, first, end)
+        assert torch.equal(run(*args, *rest, *compiled.args), step(*args, *rest, *plain.args))
+        compiled.assert_equal(plain)
+    torch._dynamo.reset()
