@@ -23,32 +23,32 @@ using Boxed = void (*)(Value*, uint64_t, uint64_t);
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 
 // X(return type, name, (parameters)); an int result is an error code, 0 when fine.
-#define KVCACHE_TORCH_ABI(X)                                                                                      \
-  X(uint64_t, aoti_torch_abi_version, ())                                                                         \
-  X(int32_t, aoti_torch_library_init_def, (const char*, const char*, uint32_t, Library*))                         \
-  X(int32_t, aoti_torch_library_init_impl, (const char*, const char*, const char*, uint32_t, Library*))           \
-  X(int32_t, aoti_torch_library_def, (Library, const char*))                                                      \
-  X(int32_t, torch_library_impl, (Library, const char*, Boxed, uint64_t))                                         \
-  X(int32_t, aoti_torch_delete_tensor_object, (Handle))                                                           \
-  X(int32_t, aoti_torch_get_dim, (Handle, int64_t*))                                                              \
-  X(int32_t, aoti_torch_get_sizes, (Handle, int64_t**))                                                           \
-  X(int32_t, aoti_torch_get_strides, (Handle, int64_t**))                                                         \
-  X(int32_t, aoti_torch_get_dtype, (Handle, int32_t*))                                                            \
-  X(int32_t, aoti_torch_get_device_type, (Handle, int32_t*))                                                      \
-  X(int32_t, aoti_torch_get_device_index, (Handle, int32_t*))                                                     \
-  X(int32_t, torch_get_const_data_ptr, (Handle, const void**))                                                    \
-  X(int32_t, torch_get_mutable_data_ptr, (Handle, void**))                                                        \
-  X(int32_t, aoti_torch_device_type_cpu, ())                                                                      \
-  X(int32_t, aoti_torch_device_type_cuda, ())                                                                     \
-  X(int32_t, aoti_torch_dtype_float32, ())                                                                        \
-  X(int32_t, aoti_torch_dtype_bfloat16, ())                                                                       \
-  X(int32_t, aoti_torch_dtype_float16, ())                                                                        \
-  X(int32_t, aoti_torch_dtype_float64, ())                                                                        \
-  X(int32_t, aoti_torch_dtype_int32, ())                                                                          \
-  X(int32_t, aoti_torch_dtype_int64, ())                                                                          \
-  X(int32_t, aoti_torch_dtype_bool, ())                                                                           \
+#define KVCACHE_TORCH_ABI(X)                                                                                          \
+  X(uint64_t, aoti_torch_abi_version, ())                                                                             \
+  X(int32_t, aoti_torch_library_init_def, (const char*, const char*, uint32_t, Library*))                             \
+  X(int32_t, aoti_torch_library_init_impl, (const char*, const char*, const char*, uint32_t, Library*))               \
+  X(int32_t, aoti_torch_library_def, (Library, const char*))                                                          \
+  X(int32_t, torch_library_impl, (Library, const char*, Boxed, uint64_t))                                             \
+  X(int32_t, aoti_torch_delete_tensor_object, (Handle))                                                               \
+  X(int32_t, aoti_torch_get_dim, (Handle, int64_t*))                                                                  \
+  X(int32_t, aoti_torch_get_sizes, (Handle, int64_t**))                                                               \
+  X(int32_t, aoti_torch_get_strides, (Handle, int64_t**))                                                             \
+  X(int32_t, aoti_torch_get_dtype, (Handle, int32_t*))                                                                \
+  X(int32_t, aoti_torch_get_device_type, (Handle, int32_t*))                                                          \
+  X(int32_t, aoti_torch_get_device_index, (Handle, int32_t*))                                                         \
+  X(int32_t, torch_get_const_data_ptr, (Handle, const void**))                                                        \
+  X(int32_t, torch_get_mutable_data_ptr, (Handle, void**))                                                            \
+  X(int32_t, aoti_torch_device_type_cpu, ())                                                                          \
+  X(int32_t, aoti_torch_device_type_cuda, ())                                                                         \
+  X(int32_t, aoti_torch_dtype_float32, ())                                                                            \
+  X(int32_t, aoti_torch_dtype_bfloat16, ())                                                                           \
+  X(int32_t, aoti_torch_dtype_float16, ())                                                                            \
+  X(int32_t, aoti_torch_dtype_float64, ())                                                                            \
+  X(int32_t, aoti_torch_dtype_int32, ())                                                                              \
+  X(int32_t, aoti_torch_dtype_int64, ())                                                                              \
+  X(int32_t, aoti_torch_dtype_bool, ())                                                                               \
   X(int32_t, aoti_torch_empty_strided, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*)) \
-  X(int32_t, torch_get_num_threads, (uint32_t*))                                                                  \
+  X(int32_t, torch_get_num_threads, (uint32_t*))                                                                      \
   X(int32_t, torch_parallel_for, (int64_t, int64_t, int64_t, ParallelBody, void*))
 
 // Newer than 2.10: null where torch has none.

@@ -72,10 +72,9 @@ py::tuple to_tuple(const kvcache::Copies& copies) {
 }
 
 void bind_pool(py::module_& m) {
-  static py::handle out_of_pages =
-      py::handle(PyErr_NewExceptionWithDoc("kvcache._C.OutOfPages",
-                                           "The page pool cannot hand out `needed` pages, only `available` are free.",
-                                           PyExc_RuntimeError, nullptr));
+  static py::handle out_of_pages = py::handle(PyErr_NewExceptionWithDoc(
+      "kvcache._C.OutOfPages", "The page pool cannot hand out `needed` pages, only `available` are free.",
+      PyExc_RuntimeError, nullptr));
   m.attr("OutOfPages") = out_of_pages;
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
@@ -88,10 +87,11 @@ void bind_pool(py::module_& m) {
     }
   });
 
-  py::class_<PagePool>(m, "PagePool",
-                       "Which pages are free and how many tables hold each of the others. Tables are int32 arrays\n"
-                       "[rows, heads, width]; in each head the pages come first and -1 fills the rest. Always hands out\n"
-                       "the lowest free page. A call that raises has changed nothing.")
+  py::class_<PagePool>(
+      m, "PagePool",
+      "Which pages are free and how many tables hold each of the others. Tables are int32 arrays\n"
+      "[rows, heads, width]; in each head the pages come first and -1 fills the rest. Always hands out\n"
+      "the lowest free page. A call that raises has changed nothing.")
       .def(py::init<int32_t, int64_t>(), py::arg("page_size"), py::arg("limit_pages") = -1)
       .def_property_readonly("page_size", &PagePool::page_size)
       .def_property_readonly("capacity", &PagePool::capacity)
@@ -132,7 +132,8 @@ void bind_pool(py::module_& m) {
           py::arg("table").noconvert(), "One more reference to every page of the table.")
       .def(
           "release", [](PagePool& pool, const Int32Array& table) { return pool.release(table_view(table, true)); },
-          py::arg("table").noconvert(), "Drops one reference of every page and empties the table; returns how many became free.")
+          py::arg("table").noconvert(),
+          "Drops one reference of every page and empties the table; returns how many became free.")
       .def(
           "shared", [](const PagePool& pool, const Int32Array& table) { return pool.shared(table_view(table, false)); },
           py::arg("table").noconvert())
@@ -146,7 +147,8 @@ void bind_pool(py::module_& m) {
           "Replaces the shared pages in page columns begin .. end - 1; returns (source, target) of the pages to copy.")
       .def(
           "relocate", [](PagePool& pool, int64_t capacity) { return to_array(pool.relocate(capacity)); },
-          py::arg("capacity"), "Renames pages so that all ids are below the new capacity; returns old id -> new id or -1.")
+          py::arg("capacity"),
+          "Renames pages so that all ids are below the new capacity; returns old id -> new id or -1.")
       .def("__repr__", [](const PagePool& pool) {
         return "PagePool(page_size=" + std::to_string(pool.page_size()) + ", used=" + std::to_string(pool.used()) +
                ", capacity=" + std::to_string(pool.capacity()) + ", limit=" + std::to_string(pool.limit()) + ")";
@@ -219,4 +221,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_info", &cuda_info, "What this build and this machine know about CUDA; `error` says what is missing.");
   m.def("decode_splits", &kvcache::decode_splits, py::arg("threads"), py::arg("rows"), py::arg("heads"),
         py::arg("max_count"), "Pieces that decode attention cuts each head's entries into (csrc/core/split.h).");
+  m.def(
+      "probe_read",
+      [](uintptr_t address, int64_t bytes) {
+        return kvcache::cpu::table().probe_read(reinterpret_cast<const void*>(address), bytes);
+      },
+      py::arg("address"), py::arg("bytes"), py::call_guard<py::gil_scoped_release>(),
+      "Streams through memory, for bench/: what this machine can read. `bytes` is a multiple of 4096.");
+  m.def(
+      "probe_fma", [](int64_t iterations) { return kvcache::cpu::table().probe_fma(iterations); },
+      py::arg("iterations"), py::call_guard<py::gil_scoped_release>(),
+      "Multiply-adds in registers, for bench/: what this machine can compute. Returns the operations done.");
 }

@@ -228,8 +228,8 @@ void Checker::entries(PagedView& view, const Tensor& counts, const Tensor& posit
 }
 
 void Checker::columns(PagedView& view, const Tensor& columns) const {
-  view.columns = const_cast<float*>(float32(
-      "columns", columns, {{"N", kAny}, {"R", view.rows}, {"H", view.heads}, {"C", view.capacity}}));
+  view.columns = const_cast<float*>(
+      float32("columns", columns, {{"N", kAny}, {"R", view.rows}, {"H", view.heads}, {"C", view.capacity}}));
   view.n_columns = int32_t(columns.size(0));
 }
 
@@ -239,8 +239,8 @@ void Checker::page_ids(const PagedView& view, const char* argument, const int32_
   for (int64_t column = begin / view.page_size; column <= (end - 1) / view.page_size; ++column) {
     if (list[column] < 0 || list[column] >= view.pages) {
       value_error(std::string(argument) + " of " + head_name(item, view.heads) + " holds page " +
-                  std::to_string(list[column]) + " in column " + std::to_string(column) + ", needs 0 to P-1=" +
-                  std::to_string(view.pages - 1));
+                  std::to_string(list[column]) + " in column " + std::to_string(column) +
+                  ", needs 0 to P-1=" + std::to_string(view.pages - 1));
     }
   }
 }

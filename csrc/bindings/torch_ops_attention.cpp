@@ -44,8 +44,8 @@ class AttentionChecker : public Checker {
 
   void window(const OptionalTensor& start, bool per_token) {
     if (!start) return;
-    p_.window_start = per_token ? int32("window_start", *start, {rows(), tokens()})
-                                : int32("window_start", *start, {rows()});
+    p_.window_start =
+        per_token ? int32("window_start", *start, {rows(), tokens()}) : int32("window_start", *start, {rows()});
   }
 
   void sinks(const OptionalTensor& sinks) {
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pag
   check.softcap(softcap);
   check.index(index, index_counts);
   if (statistics) {
-    p.statistics = const_cast<float*>(check.float32(
-        "statistics", *statistics, {{"R", view.rows}, {"H", view.heads}, {"C", view.capacity}}));
+    p.statistics = const_cast<float*>(
+        check.float32("statistics", *statistics, {{"R", view.rows}, {"H", view.heads}, {"C", view.capacity}}));
   }
   check.live_pages(view);
   p.scale = float(scale);

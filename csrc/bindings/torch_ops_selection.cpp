@@ -39,7 +39,8 @@ std::tuple<Tensor, Tensor> topk(const Tensor& scores, const Tensor& counts, cons
   p.index = index.mutable_data<int32_t>();
   p.index_counts = index_counts.mutable_data<int32_t>();
   const int64_t items = rows.size * heads.size;
-  abi::parallel_for(items, grain(8 * capacity.size), [&](int64_t begin, int64_t end) { cpu::table().topk(p, begin, end); });
+  abi::parallel_for(items, grain(8 * capacity.size),
+                    [&](int64_t begin, int64_t end) { cpu::table().topk(p, begin, end); });
   for (int64_t i = 0; i < items; ++i) {
     if (p.index_counts[i] > width) {
       check.value_error("width=" + std::to_string(width) + " is too small, " + head_name(i, heads.size) + " keeps " +
@@ -53,7 +54,8 @@ Tensor choose_victims(const OptionalTensor& scores, const Tensor& counts, const 
                       const Tensor& budgets, const Tensor& first, const Tensor& end) {
   const Checker check("choose_victims");
   cpu::VictimParams p{};
-  p.positions = check.strided_int32("positions", positions, {{"R", kAny}, {"H", kAny}, {"C", kAny}}, p.positions_stride);
+  p.positions =
+      check.strided_int32("positions", positions, {{"R", kAny}, {"H", kAny}, {"C", kAny}}, p.positions_stride);
   const Dim rows{"R", positions.size(0)}, heads{"H", positions.size(1)}, capacity{"C", positions.size(2)};
   if (scores) p.scores = check.strided_float32("scores", *scores, {rows, heads, capacity}, p.scores_stride);
   p.counts = check.strided_int32("counts", counts, {rows, heads}, p.counts_stride);

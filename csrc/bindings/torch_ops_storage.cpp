@@ -152,8 +152,7 @@ const Op kStorageOps[] = {
      "append(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor table, Tensor(c!) counts, Tensor(d!) positions, "
      "Tensor(e!) columns, Tensor k, Tensor v, Tensor new_positions, Tensor? new_columns=None) -> ()",
      abi::Box<bindings::append>::call},
-    {"copy_pages",
-     "copy_pages(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor source, Tensor target) -> ()",
+    {"copy_pages", "copy_pages(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor source, Tensor target) -> ()",
      abi::Box<bindings::copy_pages>::call},
     {"compact",
      "compact(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor source_table, Tensor target_table, Tensor(c!) counts, "

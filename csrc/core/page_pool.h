@@ -49,8 +49,8 @@ class PagePool {
   // Gives back the pages behind the first ceil(count / page_size); returns how many became free.
   int64_t shrink(const TableView& table, const int32_t* counts);
 
-  void retain(const TableView& table);     // one more reference to every page
-  int64_t release(const TableView& table); // one less, and the table is emptied; returns how many became free
+  void retain(const TableView& table);      // one more reference to every page
+  int64_t release(const TableView& table);  // one less, and the table is emptied; returns how many became free
   bool shared(const TableView& table) const;
   // Replaces the shared pages in the page columns begin .. end - 1 of each head by fresh ones.
   Copies unshare(const TableView& table, const int32_t* begin, const int32_t* end);

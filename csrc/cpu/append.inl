@@ -5,12 +5,14 @@ static void append(const AppendParams& p, int64_t begin, int64_t end) {
   const PagedView& view = p.view;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item / view.heads, head = item % view.heads;
-    const int32_t* new_positions = p.new_positions + row * p.tokens;     // [tokens]
-    const int32_t* table = view.table + item * view.table_width;         // [table_width]
-    int32_t* positions = view.positions + item * view.capacity;          // [capacity]
-    const int64_t column_step = int64_t(view.rows) * view.heads;         // items from one side column to the next
-    auto* k = static_cast<const char*>(p.k.data) + (row * p.k.stride[0] + head * p.k.stride[1]) * element_size(p.k.dtype);
-    auto* v = static_cast<const char*>(p.v.data) + (row * p.v.stride[0] + head * p.v.stride[1]) * element_size(p.v.dtype);
+    const int32_t* new_positions = p.new_positions + row * p.tokens;  // [tokens]
+    const int32_t* table = view.table + item * view.table_width;      // [table_width]
+    int32_t* positions = view.positions + item * view.capacity;       // [capacity]
+    const int64_t column_step = int64_t(view.rows) * view.heads;      // items from one side column to the next
+    auto* k =
+        static_cast<const char*>(p.k.data) + (row * p.k.stride[0] + head * p.k.stride[1]) * element_size(p.k.dtype);
+    auto* v =
+        static_cast<const char*>(p.v.data) + (row * p.v.stride[0] + head * p.v.stride[1]) * element_size(p.v.dtype);
     const int64_t k_step = p.k.stride[2] * element_size(p.k.dtype), v_step = p.v.stride[2] * element_size(p.v.dtype);
     int64_t slot = view.counts[item];
     for (int64_t t = 0; t < p.tokens; ++t) {

@@ -23,7 +23,7 @@ static void choose_victims(const VictimParams& p, int64_t begin, int64_t end) {
       continue;
     }
     const float* scores = p.scores + row * p.scores_stride[0] + head * p.scores_stride[1];  // [capacity]
-    uint32_t worst = UINT32_MAX;  // no score maps to it
+    uint32_t worst = UINT32_MAX;                                                            // no score maps to it
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t key = is_candidate(positions[i], first, last) ? score_key(scores[i]) : UINT32_MAX;
       worst = key < worst ? key : worst;

@@ -7,9 +7,9 @@ static void compact(const CompactParams& p, int64_t begin, int64_t end) {
   const int64_t size = view.page_size;
   const int64_t column_step = int64_t(view.rows) * view.heads;
   for (int64_t item = begin; item < end; ++item) {
-    const int32_t* keep = p.keep + item * p.keep_width;                       // [keep_width]
-    const int32_t* source = view.table + item * view.table_width;             // [table_width]
-    const int32_t* target = p.target_table + item * p.target_width;           // [target_width]
+    const int32_t* keep = p.keep + item * p.keep_width;              // [keep_width]
+    const int32_t* source = view.table + item * view.table_width;    // [table_width]
+    const int32_t* target = p.target_table + item * p.target_width;  // [target_width]
     const int64_t n = p.keep_counts[item];
     for (int64_t i = 0; i < n;) {
       const int64_t old = keep[i];
@@ -27,7 +27,7 @@ static void compact(const CompactParams& p, int64_t begin, int64_t end) {
       }
       i += run;
     }
-    int32_t* positions = view.positions + item * view.capacity;               // [capacity]
+    int32_t* positions = view.positions + item * view.capacity;  // [capacity]
     for (int64_t i = 0; i < n; ++i) positions[i] = positions[keep[i]];
     for (int64_t c = 0; c < view.n_columns; ++c) {
       float* column = view.columns + (c * column_step + item) * view.capacity;  // [capacity]

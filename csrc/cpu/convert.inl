@@ -46,7 +46,8 @@ static inline uint16_t float_to_fp16(float x) {
 static inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // target[n] = source[n] in the target's type.
-static inline void convert_row(void* __restrict target, DType to, const void* __restrict source, DType from, int64_t n) {
+static inline void convert_row(void* __restrict target, DType to, const void* __restrict source, DType from,
+                               int64_t n) {
   if (to == from) {
     memcpy(target, source, n * element_size(to));
     return;
@@ -75,7 +76,8 @@ static inline void convert_row(void* __restrict target, DType to, const void* __
 }
 
 // Address of an entry in a page array of row length `dim`.
-static inline char* entry(void* pages, DType dtype, int32_t page_size, int32_t dim, int32_t page, int64_t slot_in_page) {
+static inline char* entry(void* pages, DType dtype, int32_t page_size, int32_t dim, int32_t page,
+                          int64_t slot_in_page) {
   return static_cast<char*>(pages) + (int64_t(page) * page_size + slot_in_page) * dim * element_size(dtype);
 }
 

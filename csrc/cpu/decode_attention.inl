@@ -17,15 +17,14 @@ struct DecodeState {
 
 // sums[H][..] += weights[H][n] . rows for C chunks, with the accumulators in registers; kRest: the chunk that ends a row.
 template <class T, int H, int C, bool kRest>
-inline void add_rows(const Tile& tile, const char* const* ahead, int64_t ahead_bytes, const float* weights, int chunk, int rest,
-                     int stride, float* sums) {
+inline void add_rows(const Tile& tile, const Ahead& ahead, const float* weights, int chunk, int rest, int stride, float* sums) {
   Vec total[H][2 * C];
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h)
 #pragma GCC unroll 16
     for (int c = 0; c < 2 * C; ++c) total[h][c] = load(sums + h * stride + chunk * kChunk + c * kLanes);
   for (int i = 0; i < tile.n; ++i) {
-    if (ahead) prefetch_row(ahead[i], ahead_bytes);
+    ahead.step(i);
     const T* v = reinterpret_cast<const T*>(tile.v[i]) + chunk * kChunk;
     Vec row[2 * C];
 #pragma GCC unroll 8
@@ -46,16 +45,44 @@ inline void add_rows(const Tile& tile, const char* const* ahead, int64_t ahead_b
     for (int c = 0; c < 2 * C; ++c) store(sums + h * stride + chunk * kChunk + c * kLanes, total[h][c]);
 }
 
+// Chunks of a row that are summed at once: accumulators that fit the register file beside the row's vectors.
+constexpr int chunks_at_once(int heads) { return kLanes == 16 ? (heads == 4 ? 2 : 4) : (heads == 4 ? 1 : 2); }
+inline int value_passes(int group, int dim) {
+  const int whole = dim / kChunk, rest = dim % kChunk != 0;
+  auto passes = [&](int heads) { return whole / chunks_at_once(heads) + whole % chunks_at_once(heads) + rest; };
+  return group / 4 * passes(4) + (group >> 1 & 1) * passes(2) + (group & 1) * passes(1);
+}
+
 template <class T, int H>
-inline void add_heads(const Tile& tile, const char* const* ahead, int64_t ahead_bytes, const float* weights, int dim, float* sums) {
-  // Accumulators that fit the register file beside a row's vectors: 32 registers with AVX-512, 16 otherwise.
-  constexpr int kMost = kLanes == 16 ? (H == 4 ? 2 : 4) : (H == 4 ? 1 : 2);
+inline void add_heads(const Tile& tile, Ahead ahead, int& pass, const float* weights, int dim, float* sums) {
+  constexpr int kMost = chunks_at_once(H);
   const int whole = dim / kChunk, rest = dim % kChunk, stride = (dim + kChunk - 1) / kChunk * kChunk;
   int c = 0;
-  for (; c + kMost <= whole; c += kMost, ahead = nullptr)
-    add_rows<T, H, kMost, false>(tile, ahead, ahead_bytes, weights, c, 0, stride, sums);
-  for (; c < whole; ++c, ahead = nullptr) add_rows<T, H, 1, false>(tile, ahead, ahead_bytes, weights, c, 0, stride, sums);
-  if (rest) add_rows<T, H, 1, true>(tile, ahead, ahead_bytes, weights, c, rest, stride, sums);
+  for (; c + kMost <= whole; c += kMost) {
+    ahead.start_pass(pass++);
+    add_rows<T, H, kMost, false>(tile, ahead, weights, c, 0, stride, sums);
+  }
+  for (; c < whole; ++c) {
+    ahead.start_pass(pass++);
+    add_rows<T, H, 1, false>(tile, ahead, weights, c, 0, stride, sums);
+  }
+  if (rest) {
+    ahead.start_pass(pass++);
+    add_rows<T, H, 1, true>(tile, ahead, weights, c, rest, stride, sums);
+  }
+}
+
+// sums += weights . values of a tile.
+template <class T>
+inline void add_tile(const Tile& tile, const Ahead& ahead, const float* weights, int group, int dim, float* sums) {
+  const int stride = (dim + kChunk - 1) / kChunk * kChunk;
+  for (int g = 0, pass = 0; g < group;) {
+    const int left = group - g;
+    const float* w = weights + g * kTile;
+    if (left >= 4) add_heads<T, 4>(tile, ahead, pass, w, dim, sums + g * stride), g += 4;
+    else if (left >= 2) add_heads<T, 2>(tile, ahead, pass, w, dim, sums + g * stride), g += 2;
+    else add_heads<T, 1>(tile, ahead, pass, w, dim, sums + g * stride), g += 1;
+  }
 }
 
 // Softcap and bias on a tile of logits [group, kTile], in base 2.
@@ -132,7 +159,7 @@ inline void decode_part(const AttentionParams& p, int64_t row, int64_t head, Wal
   for (int now = 0; more; now ^= 1) {
     const Tile& tile = tiles[now];
     state.any = true;
-    dot_tile<T>(tile, tile.v, v_bytes, q, group, p.view.k_dim, logits);
+    dot_tile<T>(tile, Ahead{tile.v, v_bytes, head_passes(group)}, q, group, p.view.k_dim, logits);
     if (p.softcap > 0 || p.bias) adjust_logits(p, row, head, group, tile, logits);
     if (p.statistics) {
       for (int g = 0; g < group; ++g) {
@@ -144,15 +171,8 @@ inline void decode_part(const AttentionParams& p, int64_t row, int64_t head, Wal
     }
     update_softmax(group, stride, logits, state);
     more = next_tile(walk, tiles[now ^ 1]);
-    const char* const* ahead = more ? tiles[now ^ 1].k : nullptr;
-    for (int g = 0; g < group; ahead = nullptr) {
-      const int left = group - g;
-      const float* weights = logits + g * kTile;
-      float* sums = state.sums + g * stride;
-      if (left >= 4) add_heads<T, 4>(tile, ahead, k_bytes, weights, dim, sums), g += 4;
-      else if (left >= 2) add_heads<T, 2>(tile, ahead, k_bytes, weights, dim, sums), g += 2;
-      else add_heads<T, 1>(tile, ahead, k_bytes, weights, dim, sums), g += 1;
-    }
+    const Tile& following = tiles[now ^ 1];
+    add_tile<T>(tile, Ahead{following.k, more ? k_bytes : 0, value_passes(group, dim)}, logits, group, dim, state.sums);
   }
 }
 

@@ -24,7 +24,7 @@ namespace {
 
 struct Candidate {
   const Table* table;
-  const char* name;        // as in -march
+  const char* name;  // as in -march
   const char* short_name;
   bool available;
 };

@@ -30,16 +30,13 @@ struct Tile {
   int n;                                    // entries, at most kTile
   bool contiguous;                          // candidate i is first + i, and so is its slot
   int64_t first;
-  const char* k[kTile + kLanes];            // rows; the lanes behind n repeat the last one
+  const char* k[kTile + kLanes];            // rows; behind n the last one repeats
   const char* v[kTile + kLanes];
   int32_t slot[kTile], candidate[kTile];    // filled unless contiguous
 };
 
 inline void finish_rows(Tile& tile) {
-  for (int i = 0; i < kLanes; ++i) {
-    tile.k[tile.n + i] = tile.k[tile.n - 1];
-    tile.v[tile.n + i] = tile.v[tile.n - 1];
-  }
+  for (int i = tile.n; i < kTile + kLanes; ++i) tile.k[i] = tile.k[tile.n - 1], tile.v[i] = tile.v[tile.n - 1];
 }
 
 // The next tile of visible entries; false when none is left.
@@ -131,37 +128,49 @@ inline void dot_rows(const char* const* rows, const float* q, int dim, float* lo
   }
 }
 
-#ifndef PFHEAD
-#define PFHEAD 4096
-#endif
-#ifndef PFSTEP
-#define PFSTEP 64
-#endif
 #ifndef PFLEVEL
 #define PFLEVEL 2
 #endif
-inline void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += PFSTEP) if ((uintptr_t(row + b) & 4095) < PFHEAD) __builtin_prefetch(row + b, 0, PFLEVEL);
-}
+// Rows that are read next, asked for at the pace at which the current ones are worked through: bursts would fill the line
+// buffers and then leave the memory idle. Into the second cache level, where the hardware's own prefetcher joins in.
+// The passes over a tile share a row's bytes.
+struct Ahead {
+  const char* const* rows;  // [kTile]
+  int64_t bytes;            // of a row; 0: nothing follows
+  int passes;
+  int64_t low = 0, high = 0;
+
+  void start_pass(int pass) {
+    const int64_t lines = (bytes + 63) / 64;
+    low = lines * pass / passes * 64;
+    high = lines * (pass + 1) / passes * 64;
+  }
+  void step(int i) const {
+    for (int64_t b = low; b < high; b += 64) __builtin_prefetch(rows[i] + b, 0, PFLEVEL);
+  }
+};
 
 template <class T, int H>
-inline void dot_heads(const Tile& tile, const char* const* ahead, int64_t ahead_bytes, const float* q, int dim, float* logits) {
+inline void dot_heads(const Tile& tile, Ahead ahead, int pass, const float* q, int dim, float* logits) {
+  ahead.start_pass(pass);
   for (int i = 0; i < tile.n; i += kLanes / H) {
-    for (int j = 0; ahead && j < kLanes / H; ++j) prefetch_row(ahead[i + j], ahead_bytes);
+    for (int j = 0; j < kLanes / H; ++j) ahead.step(i + j);
     dot_rows<T, H>(tile.k + i, q, dim, logits + i);
   }
 }
 
-// logits[group][kTile] = q . k for a tile, -inf behind its entries. Meanwhile the rows `ahead` are fetched.
+// Passes in which a group's heads are taken: 4, then 2, then 1 at a time.
+inline int head_passes(int group) { return group / 4 + (group >> 1 & 1) + (group & 1); }
+
+// logits[group][kTile] = q . k for a tile, -inf behind its entries.
 template <class T>
-inline void dot_tile(const Tile& tile, const char* const* ahead, int64_t ahead_bytes, const float* q, int group, int dim, float* logits) {
+inline void dot_tile(const Tile& tile, const Ahead& ahead, const float* q, int group, int dim, float* logits) {
   const int stride = (dim + kChunk - 1) / kChunk * kChunk;
-  for (int g = 0; g < group;) {
+  for (int g = 0, pass = 0; g < group; ++pass) {
     const int left = group - g;
-    if (left >= 4) dot_heads<T, 4>(tile, ahead, ahead_bytes, q + g * stride, dim, logits + g * kTile), g += 4;
-    else if (left >= 2) dot_heads<T, 2>(tile, ahead, ahead_bytes, q + g * stride, dim, logits + g * kTile), g += 2;
-    else dot_heads<T, 1>(tile, ahead, ahead_bytes, q + g * stride, dim, logits + g * kTile), g += 1;
-    ahead = nullptr;  // later heads find the rows in the cache
+    if (left >= 4) dot_heads<T, 4>(tile, ahead, pass, q + g * stride, dim, logits + g * kTile), g += 4;
+    else if (left >= 2) dot_heads<T, 2>(tile, ahead, pass, q + g * stride, dim, logits + g * kTile), g += 2;
+    else dot_heads<T, 1>(tile, ahead, pass, q + g * stride, dim, logits + g * kTile), g += 1;
   }
   for (int g = 0; g < group && tile.n < kTile; ++g) {
     for (int i = tile.n; i < kTile; ++i) logits[g * kTile + i] = -kInfinity;

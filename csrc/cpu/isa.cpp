@@ -16,22 +16,10 @@
 #include "overwrite.inl"
 #include "topk.inl"
 #include "choose_victims.inl"
-#if __has_include("decode_attention.inl")
 #include "decode_attention.inl"
-#define HAVE_decode_attention
-#endif
-#if __has_include("prefill_attention.inl")
 #include "prefill_attention.inl"
-#define HAVE_prefill_attention
-#endif
-#if __has_include("column_sums.inl")
 #include "column_sums.inl"
-#define HAVE_column_sums
-#endif
-#if __has_include("selection_scores.inl")
 #include "selection_scores.inl"
-#define HAVE_selection_scores
-#endif
 #if __has_include("probe.inl")
 #include "probe.inl"
 #define HAVE_probe
@@ -47,30 +35,12 @@ const Table table = {
     .copy_pages = copy_pages,
     .compact = compact,
     .overwrite = overwrite,
-#ifdef HAVE_decode_attention
     .decode_attention = decode_attention,
     .decode_combine = decode_combine,
-#else
-    .decode_attention = nullptr,
-    .decode_combine = nullptr,
-#endif
-#ifdef HAVE_prefill_attention
     .prefill_attention = prefill_attention,
-#else
-    .prefill_attention = nullptr,
-#endif
-#ifdef HAVE_column_sums
     .column_sums = column_sums,
-#else
-    .column_sums = nullptr,
-#endif
-#ifdef HAVE_selection_scores
     .selection_logits = selection_logits,
     .selection_vote = selection_vote,
-#else
-    .selection_logits = nullptr,
-    .selection_vote = nullptr,
-#endif
     .topk = topk,
     .choose_victims = choose_victims,
 #ifdef HAVE_probe

@@ -13,11 +13,9 @@ static void overwrite(const OverwriteParams& p, int64_t begin, int64_t end) {
     const int32_t* table = view.table + item * view.table_width;  // [table_width]
     const int32_t from = table[last / size], to = table[victim / size];
     memcpy(entry(view.k_pages, view.dtype, size, view.k_dim, to, victim % size),
-           entry(view.k_pages, view.dtype, size, view.k_dim, from, last % size),
-           view.k_dim * element_size(view.dtype));
+           entry(view.k_pages, view.dtype, size, view.k_dim, from, last % size), view.k_dim * element_size(view.dtype));
     memcpy(entry(view.v_pages, view.dtype, size, view.v_dim, to, victim % size),
-           entry(view.v_pages, view.dtype, size, view.v_dim, from, last % size),
-           view.v_dim * element_size(view.dtype));
+           entry(view.v_pages, view.dtype, size, view.v_dim, from, last % size), view.v_dim * element_size(view.dtype));
     int32_t* positions = view.positions + item * view.capacity;  // [capacity]
     positions[victim] = positions[last];
     for (int64_t c = 0; c < view.n_columns; ++c) {

@@ -26,7 +26,9 @@ inline void selection_items(const SelectionParams& p, int64_t begin, int64_t end
     for (int now = 0; more; now ^= 1) {
       const Tile& tile = tiles[now];
       more = next_tile(walk, tiles[now ^ 1]);
-      dot_tile<T>(tile, more ? tiles[now ^ 1].k : nullptr, view.k_dim * int64_t(sizeof(T)), q, group, view.k_dim, logits);
+      const Tile& following = tiles[now ^ 1];
+      const Ahead ahead{following.k, more ? view.k_dim * int64_t(sizeof(T)) : 0, head_passes(group)};
+      dot_tile<T>(tile, ahead, q, group, view.k_dim, logits);
       for (int g = 0; g < group; ++g) memcpy(kept + g * view.capacity + tile.first, logits + g * kTile, size_t(tile.n) * 4);
     }
     // Whatever is no candidate drops out of every head's vote.

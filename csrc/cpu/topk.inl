@@ -24,7 +24,8 @@ struct Border {
 };
 
 // scores, positions [n]; 0 < k < number of candidates.
-static Border find_border(const float* scores, const int32_t* positions, int64_t n, int32_t first, int32_t end, int64_t k) {
+static Border find_border(const float* scores, const int32_t* positions, int64_t n, int32_t first, int32_t end,
+                          int64_t k) {
   enum { kBits = 11, kBuckets = 1 << kBits };
   static const int shifts[] = {21, 10, 0}, widths[] = {11, 11, 10};
   uint32_t histogram[kBuckets];

@@ -69,14 +69,12 @@ def paged_attention(
     ``(out [R, T, Hq, Dv], None)``.
     """
     frame = current_frame()
-    layer: Layer | None = getattr(key, HANDLE, None)
     dense = None
     if frame is None or frame.cache is None:
         options = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
         given = {k: v for k, v in options.items() if v is not None}
-        return _original(module, frame)(
-            module, query, key, value, attention_mask, scaling=scaling, **given, **kwargs
-        )
+        return _original(module, frame)(module, query, key, value, attention_mask, scaling=scaling, **given, **kwargs)
+    layer: Layer | None = getattr(key, HANDLE, None)
     if layer is None or getattr(value, HANDLE, None) is not layer:
         layer = frame.cache.materialised_layer(getattr(module, "layer_idx", None), key, value, type(module).__name__)
         dense = (key, value)
@@ -119,7 +117,7 @@ def _as_bool(mask: Tensor) -> Tensor:
         return mask
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     if not bool((hidden | (mask == 0)).all()):
-        raise ValueError("attention_mask adds values other than 0 and -inf to the logits, which kvcache does not support")
+        raise ValueError("attention_mask adds values other than 0 and -inf to the logits, which is not supported")
     return ~hidden
 
 

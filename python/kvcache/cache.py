@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def check_options(page_size: object, kv_dtype: object, max_tokens: object) -> to
     dtype = _DTYPES.get(kv_dtype) if isinstance(kv_dtype, str) else kv_dtype
     if dtype not in STORAGE_DTYPES:
         raise ValueError(f"kv_dtype must be 'auto', one of {sorted(_DTYPES)} or the torch dtype, got {kv_dtype!r}")
-    return dtype  # type: ignore[return-value]
+    return dtype
 
 
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
@@ -160,7 +161,7 @@ class KVCache(Cache):
         return torch.zeros(0, 0, dtype=torch.long) if store is None else store.counts.long()
 
     def positions(self, layer: int, row: int, kv_head: int) -> Tensor:
-        """Positions kept by one head, ascending: LongTensor. Position p is the p-th real (not padding) token of the row."""
+        """Positions kept by one head, ascending: LongTensor. Position p is the p-th real token of the row, from 0."""
         store = self._layer(layer).store
         if store is None:
             return torch.zeros(0, dtype=torch.long)
@@ -309,11 +310,14 @@ class KVCache(Cache):
 
         Raises ValueError for a positive number (transformers 5.23 has no absolute form) or more than was seen.
         """
-        if isinstance(tokens_to_remove, bool) or not isinstance(tokens_to_remove, int):
-            raise TypeError(f"tokens_to_remove must be an int, got {tokens_to_remove!r}")
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # transformers 5.17 passes a tensor
+        except TypeError:
+            raise TypeError(f"tokens_to_remove must be an int, got {tokens_to_remove!r}") from None
         if tokens_to_remove > 0 or -tokens_to_remove > self.seen_tokens:
             raise ValueError(
-                f"tokens_to_remove must be in [-{self.seen_tokens}, 0] (minus the number to forget), got {tokens_to_remove}"
+                f"tokens_to_remove must be in [-{self.seen_tokens}, 0], minus the number to forget, "
+                f"got {tokens_to_remove}"
             )
         self.engine.crop(-tokens_to_remove)
 

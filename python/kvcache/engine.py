@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops
+from ._C import OutOfPages
 from .policies.base import Policy, Selection
 from .store import LayerStore, PageStorage
 
@@ -189,7 +190,7 @@ class LayerView:
         self._layer.counters[event] += times
 
     def vote(self, query: Tensor, first: Tensor, end: Tensor, *, soft: bool = True, scale: float = 1.0) -> Tensor:
-        """Votes [rows, 1, capacity] of all query heads of ``query`` [rows, query_heads, Dk]: see ops.selection_scores."""
+        """Votes [rows, 1, capacity] of the query heads of ``query`` [rows, query_heads, Dk]: ops.selection_scores."""
         s = self._store
         return ops.selection_scores(
             query, s.storage.k_pages, s.table, s.counts, s.positions, first, end, scale, soft, False
@@ -309,7 +310,7 @@ class Engine:
             storage.reserve(pages)
         if self.max_tokens is not None and not needs and int(step.added.sum()) > self.max_tokens:
             raise PromptTooLong(
-                f"the prompt has {int(step.added.sum())} tokens (all rows together), more than max_tokens={self.max_tokens}"
+                f"the prompt has {int(step.added.sum())} tokens (all rows), more than max_tokens={self.max_tokens}"
             )
 
     # -- append -----------------------------------------------------------------------------------------------------
@@ -359,7 +360,8 @@ class Engine:
         (materialised layers); without it the layer's pages are read.
         """
         step, store = self.step, layer.store
-        assert step is not None and store is not None
+        assert step is not None
+        assert store is not None
         pages = Pages.of(store) if dense is None else Pages.dense(*dense, store.counts, store.positions)
         layer.group = q.shape[1] // pages.counts.shape[1]
         active = step.routed.get(layer.index)
@@ -488,7 +490,8 @@ class Engine:
         Source: TokenSelect, arXiv 2411.02886, section 4.3; official code patcher/token_retrieval.py.
         """
         rotation, store = self.rotation, layer.store
-        assert rotation is not None and store is not None
+        assert rotation is not None
+        assert store is not None
         if ask.mask is not None:
             raise ValueError("positions='compact' works with causal attention only, but the model passes a mask")
         parts, order = self._chunks(rotation.unrotate(q, positions.clamp(min=0)), positions, reach)
@@ -619,10 +622,12 @@ class Engine:
 
     def _evict(self, layer: Layer) -> None:
         store, budgets = layer.store, layer.budgets
-        assert store is not None and budgets is not None and layer.recent is not None
+        assert store is not None
+        assert budgets is not None
+        assert layer.recent is not None
         if store.max_count <= layer.smallest_budget:
             return
-        over = int((store.counts - budgets).max())
+        over = int((store.counts_host - budgets.numpy()).max())
         if over <= 0:
             return
         first = torch.full_like(self.tokens, self.policy.sinks if layer.window is None else 0)
@@ -634,7 +639,7 @@ class Engine:
                 # What no later query can see must not hold a place in the budget.
                 column = self._window_limit(layer.window)
                 scores = torch.where(store.positions < column[:, None, None], float("-inf"), scores)
-        before = int(store.counts.sum())
+        before = int(store.counts_host.sum())
         if over == 1:
             victims = ops.choose_victims(scores, store.counts, store.positions, budgets, first, end)
             store.overwrite(victims)
@@ -647,7 +652,7 @@ class Engine:
             k = (budgets - protected).clamp(min=0)
             width = int(torch.minimum(torch.maximum(budgets, protected), store.counts).max())
             store.keep(*ops.topk(scores.contiguous(), store.counts, p, k, first, end, max(width, 1)))
-        layer.counters["evictions"] += before - int(store.counts.sum())
+        layer.counters["evictions"] += before - int(store.counts_host.sum())
 
     def _window_limit(self, window: int) -> Tensor:
         """First position that the next query of each row may read, [R] int32."""
@@ -710,7 +715,6 @@ class Engine:
         self.tokens = self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
         self.prompt_length, self.unplanned = None, False
 
-
     # -- copies -----------------------------------------------------------------------------------------------------
 
     _COPIED = ("seen", "tokens", "prompt_tokens", "real", "recording", "prompt_length", "unplanned")
@@ -738,7 +742,7 @@ class Engine:
 
     def export_state(self) -> dict[str, Any]:
         """Content as plain values and tensors: per layer the kept entries, densely by slot, and what goes with them."""
-        layers = []
+        layers: list[dict[str, Any] | None] = []
         for layer in self.layers:
             store = layer.store
             if store is None:
@@ -779,13 +783,5 @@ class Engine:
             setattr(self, name, state[name])
 
 
-def _prompt_too_long() -> type[ValueError]:
-    from ._C import OutOfPages
-
-    class PromptTooLong(OutOfPages, ValueError):  # type: ignore[misc, valid-type]
-        """A prompt that ``max_tokens`` can never hold: out of pages, and a bad argument."""
-
-    return PromptTooLong
-
-
-PromptTooLong = _prompt_too_long()
+class PromptTooLong(OutOfPages, ValueError):
+    """A prompt that ``max_tokens`` can never hold: out of pages, and a bad argument."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ class OpenForward:
             return None  # an outer module of the same model opened it
         state = wrapped_state(self.model)
         assert state is not None
-        kwargs = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(_parameters(type(module).forward), args)), **kwargs}
         implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
         cache = kwargs.get("past_key_values")
         if cache is None and self._wants_cache(kwargs):
@@ -140,8 +141,8 @@ class CloseForward:
 
 
 @functools.cache
-def _parameters(cls: type[nn.Module]) -> list[str]:
-    return [n for n in inspect.signature(cls.forward).parameters if n != "self"]
+def _parameters(forward: Callable) -> list[str]:
+    return [n for n in inspect.signature(forward).parameters if n != "self"]
 
 
 def hook_forward(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
@@ -207,7 +208,8 @@ def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
 
 def route_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
     """Make the decoder layers follow the schedule of the cache in use, until ``unwrap``."""
-    layers, form = decoder_layers(model, count), {}
+    layers = decoder_layers(model, count)
+    form: dict[str, Any] = {}
     for i, layer in enumerate(layers):
         layer.forward = RoutedForward(layer, i, form)  # on the instance: the class stays as it is
     return layers

@@ -36,15 +36,15 @@ class Report:
         return sum(r["full_nbytes"] for r in self.rows)
 
     def __str__(self) -> str:
-        lines = [f"policy {self.policy}", f"{'layer':>5} {'seen':>7} {'kept':>13} {'pages':>7} {'bytes':>10} {'of full':>8}"]
+        head = f"{'layer':>5} {'seen':>7} {'kept':>13} {'pages':>7} {'bytes':>10} {'of full':>8} {'evicted':>8}"
         extra = any(r["selections"] or r["reuses"] for r in self.rows)
-        lines[1] += f" {'evicted':>8}" + (f" {'reuse':>6}" if extra else "")
+        lines = [f"policy {self.policy}", head + (f" {'reuse':>6}" if extra else "")]
         for r in self.rows:
             same = r["kept_min"] == r["kept_max"]
             kept = f"{r['kept_max']}" if same else f"{r['kept_min']}-{r['kept_max']}"
             share = f"{r['nbytes'] / r['full_nbytes']:.1%}" if r["full_nbytes"] else "-"
-            line = f"{r['layer']:>5} {r['seen']:>7} {kept:>13} {r['pages']:>7} {human_bytes(r['nbytes']):>10} {share:>8}"
-            line += f" {r['evictions']:>8}"
+            line = f"{r['layer']:>5} {r['seen']:>7} {kept:>13} {r['pages']:>7} {human_bytes(r['nbytes']):>10}"
+            line += f" {share:>8} {r['evictions']:>8}"
             if extra:
                 total = r["selections"] + r["reuses"]
                 line += f" {r['reuses'] / total:>6.0%}" if total else f" {'-':>6}"

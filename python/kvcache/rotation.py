@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class Rotation:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+        modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
         name = type(model).__name__
         if not modules:
             raise ValueError(f"positions='compact' needs rotary embeddings with inv_freq, which {name} does not have")
@@ -49,7 +50,7 @@ class Rotation:
         """The inverse of :meth:`rotate`; padding (position -1) is turned too, harmlessly."""
         return self.rotate(x, positions, -1.0)
 
-    def _check(self, model: nn.Module, rotary: nn.Module) -> None:
+    def _check(self, model: nn.Module, rotary: Any) -> None:
         """Compare with the model's own function: the pairing of channels differs between models."""
         apply = getattr(sys.modules[type(rotary).__module__], "apply_rotary_pos_emb", None)
         name = type(model).__name__

@@ -135,7 +135,7 @@ class LayerStore:
 
     def _bind(self) -> None:
         """Renew the numpy views through which the pool reads counts and writes tables; after every replacement."""
-        self._table, self._counts = _host(self.table), _host(self.counts)
+        self.table_host, self.counts_host = _host(self.table), _host(self.counts)
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class LayerStore:
     def pages_needed(self, added: np.ndarray) -> int:
         """Fresh pages that appending ``added`` [R] int32 entries to every head takes, copies on write included."""
         self._widen(self.max_count + int(added.max(initial=0)))
-        return self.storage.pool.pages_needed(self._table, self._counts, added)
+        return self.storage.pool.pages_needed(self.table_host, self.counts_host, added)
 
     def _widen(self, entries: int) -> None:
         """Make room in table and columns for ``entries`` per head."""
@@ -188,7 +188,7 @@ class LayerStore:
         pool = self.storage.pool
         if spare is not None:
             self.storage.reserve(self.pages_needed(added), spare)
-        self.storage.copy(pool.extend(self._table, self._counts, added))
+        self.storage.copy(pool.extend(self.table_host, self.counts_host, added))
         s = self.storage
         ops.append(
             s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, k, v, new_positions,
@@ -225,7 +225,7 @@ class LayerStore:
         """Keep only the slots ``index`` [R, H, K] int32, ascending, ``index_counts`` [R, H] of them; free the rest."""
         s, pool = self.storage, self.storage.pool
         target = self.table
-        shared = pool.shared(self._table)
+        shared = pool.shared(self.table_host)
         if shared:
             target = torch.full_like(self.table, -1)
             nothing = torch.zeros_like(self.counts)
@@ -238,24 +238,24 @@ class LayerStore:
             s.k_pages, s.v_pages, self.table, target, self.counts, self.positions, self.columns, index, index_counts
         )
         if shared:
-            pool.release(self._table)
+            pool.release(self.table_host)
             self.table = target
             self._bind()
         else:
-            pool.shrink(self._table, self._counts)
-        self.max_count = int(self._counts.max(initial=0))
+            pool.shrink(self.table_host, self.counts_host)
+        self.max_count = int(self.counts_host.max(initial=0))
 
     def overwrite(self, victims: Tensor) -> None:
         """Evict one slot ``victims`` [R, H] int32 of each head (-1: none), in place."""
         s, pool = self.storage, self.storage.pool
-        if pool.shared(self._table):
+        if pool.shared(self.table_host):
             page = np.where(_host(victims) < 0, 0, _host(victims) // s.page_size).astype(np.int32)
             touched = (page + (_host(victims) >= 0)).astype(np.int32)
             s.reserve(int(np.count_nonzero(_host(victims) >= 0)))
-            s.copy(pool.unshare(self._table, page, touched))
+            s.copy(pool.unshare(self.table_host, page, touched))
         ops.overwrite(s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, victims)
-        pool.shrink(self._table, self._counts)
-        self.max_count = int(self._counts.max(initial=0))
+        pool.shrink(self.table_host, self.counts_host)
+        self.max_count = int(self.counts_host.max(initial=0))
 
     def crop(self, limits: Tensor) -> None:
         """Drop every entry whose position is at or beyond ``limits`` [R] int32."""
@@ -279,7 +279,7 @@ class LayerStore:
         device_rows = rows.to(old.device)
         self.table = old[device_rows].contiguous()
         pool.retain(_host(self.table))
-        pool.release(self._table)
+        pool.release(self.table_host)
         self.counts = self.counts[device_rows].contiguous()
         self.positions = self.positions[device_rows].contiguous()
         self.columns = self.columns[:, device_rows].contiguous()
@@ -293,19 +293,19 @@ class LayerStore:
             setattr(twin, name, getattr(self, name).clone())
         twin.max_count = self.max_count
         twin._bind()
-        self.storage.pool.retain(twin._table)
+        self.storage.pool.retain(twin.table_host)
         return twin
 
     def release(self) -> None:
         """Give every page back; the store is empty afterwards."""
-        self.storage.pool.release(self._table)
+        self.storage.pool.release(self.table_host)
         self.counts.zero_()
         self.max_count = 0
 
     def __del__(self) -> None:
         # A fork that goes out of use must not hold on to the pages that it shares.
-        if hasattr(self, "_table"):
-            self.storage.pool.release(self._table)
+        if hasattr(self, "table_host"):
+            self.storage.pool.release(self.table_host)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 

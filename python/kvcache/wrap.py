@@ -16,6 +16,7 @@ from .attention import NAME
 from .cache import KVCache, check_options, layer_windows, resolve_policy
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
 from .policies import Policy
+from .store import STORAGE_DTYPES
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -59,6 +60,8 @@ def wrap(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type != "cpu":
         raise ValueError(f"{name} is on {device}: this version of kvcache runs on the CPU only")
+    if model.dtype not in STORAGE_DTYPES:
+        raise ValueError(f"{name} computes in {model.dtype}, kvcache in one of {', '.join(map(str, STORAGE_DTYPES))}")
     windows = layer_windows(model)
     resolved.check(len(windows))
     materialised = attention_tiers(model, len(windows))
@@ -73,7 +76,7 @@ def wrap(
     state.handles = hook_forward(model)
     setattr(model, STATE, state)
     state.route(model, resolved)
-    model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)  # type: ignore[method-assign]
+    model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
     return model
 
 
@@ -104,7 +107,7 @@ def _set_implementation(model: PreTrainedModel, name: str) -> str:
         model.set_attn_implementation({key: name})
     if text._attn_implementation != name:
         raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface, which kvcache needs in this version"
+            f"{type(model).__name__} does not use transformers' attention interface, which kvcache needs so far"
         )
     return before or "sdpa"
 
@@ -126,6 +129,8 @@ def _prepare_cache(
         type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, KVCache):
+        if given:
+            cache.engine.recording = False  # a kept cache may come from assisted decoding, which asks for it anew
         # In chunks nothing tells the last one; the policy must know when the whole prompt is there.
         columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         cache.engine.prompt_length = columns if generation_config.prefill_chunk_size is not None else None

@@ -64,7 +64,11 @@ def good_calls():
 def change_for(name, op):
     """Generic damage: (label, exception, function of the good value)."""
     storage_dtype = name in ("k_pages", "v_pages", "k", "v", "q")
-    yield "float64" if storage_dtype else "dtype", TypeError, lambda x: x.double() if x.dtype != torch.int32 else x.long()
+    yield (
+        "float64" if storage_dtype else "dtype",
+        TypeError,
+        lambda x: x.double() if x.dtype != torch.int32 else x.long(),
+    )
     yield "rank", ValueError, lambda x: x[..., None]
     yield "more in dimension 0", ValueError, lambda x: torch.cat([x, x[:1]])
     if op not in ("topk", "choose_victims") or name in ("first", "end"):

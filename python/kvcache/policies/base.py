@@ -46,10 +46,10 @@ class Policy:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[tuple[str, ...]] = ()
-    group_reduction: ClassVar[str] = "mean"
-    budget: ClassVar[Budget | None] = None
-    sinks: ClassVar[int] = 0
-    recent: ClassVar[Budget] = 0
+    group_reduction: str = "mean"
+    budget: Budget | None = None
+    sinks: int = 0
+    recent: Budget = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -111,7 +111,7 @@ class Policy:
 
     @property
     def positions(self) -> str:
-        """"original", or "compact": entries read are rotated by their place in the list (the cache stores raw keys)."""
+        """How keys are rotated: by "original" positions, or "compact": by their place in the list that is read."""
         return "original"
 
     @property

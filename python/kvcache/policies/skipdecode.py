@@ -66,5 +66,7 @@ class SkipDecode(Policy):
     def active(self, layer: int, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
         if layer < self.warmup or (prompt and self.prompt == "full"):
             return None
-        depth = torch.full_like(positions, self.max_layers) if prompt and self.prompt == "n_max" else self.depth(positions)
+        depth = (
+            torch.full_like(positions, self.max_layers) if prompt and self.prompt == "n_max" else self.depth(positions)
+        )
         return layer >= num_layers - (depth - self.warmup)

@@ -43,7 +43,7 @@ class TokenSelect(Policy):
     local: int = 512
     reuse: float = 0.9
     _: KW_ONLY
-    positions: str = "original"  # type: ignore[assignment]
+    positions: str = "original"
     chunk: int = 512
     vote: str = "soft"
 

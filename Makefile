@@ -1,0 +1,68 @@
+# make test, make demo: everything they need is set up in .venv on first use.
+#
+#   PYTHON   interpreter for .venv (default python3)
+#   TORCH    requirement that is installed first (default torch==2.13.0); without it pip would take the newest
+#   ARGS     more arguments for pytest
+#
+# A machine that already has torch, pybind11, scikit-build-core and pytest (perhaps without a network) is used as it is:
+# nothing is downloaded, and lint tools that are missing there are skipped.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+ARGS   ?=
+PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip --disable-pip-version-check install -q
+HAVE   := $(shell $(PYTHON) -c "import importlib.util as u; print(int(all(u.find_spec(m) for m in ('torch', 'pybind11', 'scikit_build_core', 'pytest'))))")
+CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test demo lint build format clean
+
+test: build lint
+	$(PY) -m pytest -q $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(int(bool(u.find_spec('xdist'))))")),-n 2) $(ARGS)
+
+demo: build
+	$(PY) -m kvcache.cli demo
+
+build: $(VENV)/built
+
+ifeq ($(HAVE),1)
+# The interpreter may be a venv itself, whose packages --system-site-packages does not show: hence the .pth file.
+$(VENV)/ready: Makefile
+	$(PYTHON) -m venv --system-site-packages $(VENV) || { echo "$(NO_VENV)"; exit 1; }
+	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/_outer.pth"
+	touch $@
+$(VENV)/built: $(VENV)/ready pyproject.toml CMakeLists.txt $(CPP_SOURCES)
+	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" $(PIP) --no-build-isolation --no-index --no-deps -Cbuild-dir=build/make -e .
+	touch $@
+# lint NAME COMMAND: skipped where the tool is missing.
+lint = if command -v "$(VENV)/bin/$(1)" > /dev/null; then "$(VENV)/bin/$(1)" $(2); \
+       elif command -v $(1) > /dev/null; then $(1) $(2); else echo "$(1): not installed here, skipped"; fi
+else
+$(VENV)/ready: Makefile
+	$(PYTHON) -c "import venv, ensurepip" 2> /dev/null || { echo "$(NO_VENV)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) "scikit-build-core>=0.11" "pybind11>=3.0" cmake ninja
+	touch $@
+# Not isolated, so that the build folder can be kept and only what changed is compiled again.
+$(VENV)/built: $(VENV)/ready pyproject.toml CMakeLists.txt $(CPP_SOURCES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation -Cbuild-dir=build/make -e ".[test,demo]"
+	touch $@
+lint = "$(VENV)/bin/$(1)" $(2)
+endif
+NO_VENV = $(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt-get install python3-venv
+
+lint: build
+	$(call lint,ruff,check .)
+	$(call lint,ruff,format --check .)
+	$(call lint,mypy,)
+	$(call lint,clang-format,--dry-run -Werror $(CPP_SOURCES))
+
+format: build
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
+clean:
+	rm -rf build $(VENV)
