@@ -36,7 +36,7 @@ inline void add_rows(const Tile& tile, const Ahead& ahead, const float* weights,
     for (int h = 0; h < H; ++h) {
       const Vec w = splat(weights[h * kTile + i]);
 #pragma GCC unroll 16
-      for (int c = 0; c < 2 * C; ++c) total[h][c] += w * row[c];
+      for (int c = 0; c < 2 * C; ++c) total[h][c] = fma(w, row[c], total[h][c]);
     }
   }
 #pragma GCC unroll 8

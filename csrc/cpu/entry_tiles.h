@@ -92,32 +92,38 @@ inline void pack_queries(const Strided4& q, int64_t row, int64_t first_head, int
   }
 }
 
+// One chunk of dot_rows: sums[h][i] += q[h] . rows[i].
+template <class T, int H, bool kRest>
+inline __attribute__((always_inline)) void dot_chunk(const char* const* rows, const float* q, int64_t q_stride, int c, int rest,
+                                                     Vec (&sums)[kLanes]) {
+  constexpr int kRows = kLanes / H;
+  Vec q0[H], q1[H];
+#pragma GCC unroll 4
+  for (int h = 0; h < H; ++h) {
+    q0[h] = load(q + h * q_stride + c * kChunk);
+    q1[h] = load(q + h * q_stride + c * kChunk + kLanes);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    Vec k0, k1;
+    const T* k = reinterpret_cast<const T*>(rows[i]) + c * kChunk;
+    if constexpr (kRest) Storage<T>::load_first(k, rest, k0, k1);
+    else Storage<T>::load_chunk(k, k0, k1);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) sums[h * kRows + i] = fma(k0, q0[h], sums[h * kRows + i]);
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h) sums[h * kRows + i] = fma(k1, q1[h], sums[h * kRows + i]);
+  }
+}
+
 // Dots of H queries with kLanes / H rows: every accumulator is one (query, row) pair, and one transposed sum ends them all.
 template <class T, int H>
 inline void dot_rows(const char* const* rows, const float* q, int dim, float* logits) {
   constexpr int kRows = kLanes / H;
-  const int chunks = (dim + kChunk - 1) / kChunk, whole = dim / kChunk, rest = dim % kChunk;
+  const int whole = dim / kChunk, rest = dim % kChunk, stride = (dim + kChunk - 1) / kChunk * kChunk;
   Vec sums[kLanes] = {};
-  for (int c = 0; c < chunks; ++c) {
-    Vec q0[H], q1[H];
-#pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) {
-      q0[h] = load(q + (h * chunks + c) * kChunk);
-      q1[h] = load(q + (h * chunks + c) * kChunk + kLanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      Vec k0, k1;
-      const T* k = reinterpret_cast<const T*>(rows[i]) + c * kChunk;
-      if (c < whole) Storage<T>::load_chunk(k, k0, k1);
-      else Storage<T>::load_first(k, rest, k0, k1);
-#pragma GCC unroll 4
-      for (int h = 0; h < H; ++h) {
-        sums[h * kRows + i] += k0 * q0[h];
-        sums[h * kRows + i] += k1 * q1[h];
-      }
-    }
-  }
+  for (int c = 0; c < whole; ++c) dot_chunk<T, H, false>(rows, q, stride, c, 0, sums);
+  if (rest) dot_chunk<T, H, true>(rows, q, stride, whole, rest, sums);
   const Vec sum = transpose_sum(sums);
   if constexpr (H == 1) {
     store(logits, sum);

@@ -25,7 +25,7 @@ inline void multiply(const float* rows, int64_t row_step, int64_t depth_step, co
     for (int i = 0; i < kRows; ++i) {
       const Vec x = splat(rows[i * row_step]);
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sums[i][j] += x * line[j];
+      for (int j = 0; j < V; ++j) sums[i][j] = fma(x, line[j], sums[i][j]);
     }
     rows += depth_step;
     panel += V * kLanes;

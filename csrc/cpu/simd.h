@@ -101,6 +101,17 @@ inline Vec min(Vec bound, Vec x) {
 #endif
 }
 
+// a * b + c, opaque: -fassociative-math would regroup a chain of them into products and sums.
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(KVCACHE_SIMD_AVX512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(KVCACHE_SIMD_AVX2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline float reduce_max(Vec x) {
 #if defined(KVCACHE_SIMD_AVX512)
   return _mm512_reduce_max_ps(x);

@@ -69,13 +69,12 @@ def paged_attention(
     ``(out [R, T, Hq, Dv], None)``.
     """
     frame = current_frame()
-    dense = None
+    layer, dense = _layer_of(key, value), None
     if frame is None or frame.cache is None:
         options = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
         given = {k: v for k, v in options.items() if v is not None}
         return _original(module, frame)(module, query, key, value, attention_mask, scaling=scaling, **given, **kwargs)
-    layer: Layer | None = getattr(key, HANDLE, None)
-    if layer is None or getattr(value, HANDLE, None) is not layer:
+    if layer is None:
         layer = frame.cache.materialised_layer(getattr(module, "layer_idx", None), key, value, type(module).__name__)
         dense = (key, value)
     if position_bias is not None:
@@ -88,6 +87,12 @@ def paged_attention(
     )
     with torch.no_grad():
         return layer.engine.attend(layer, query, ask, dense), None
+
+
+def _layer_of(key: Tensor, value: Tensor) -> Layer | None:
+    """The layer that both keys and values still carry a handle to; None if the model transformed either."""
+    layer = getattr(key, HANDLE, None)
+    return layer if layer is getattr(value, HANDLE, None) else None
 
 
 def paged_mask(*args: Any, mask_function: Callable = causal_mask_function, **kwargs: Any) -> Tensor | None:

@@ -49,6 +49,7 @@ class Step:
     real: Tensor | None  # bool [R, start + T], which columns hold real tokens; None: all
     prompt: bool
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
+    skipped: set[int] = field(default_factory=set)  # layers that no token runs
     _starts: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -290,14 +291,19 @@ class Engine:
     def _route(self, step: Step) -> None:
         if not self.policy.schedules:
             return
-        for layer in self.layers:
-            active = self.policy.active(layer.index, len(self.layers), step.positions, step.prompt)
-            if active is not None and not bool((active | (step.positions < 0)).all()):
-                step.routed[layer.index] = active & (step.positions >= 0)
+        active = self.policy.layers(len(self.layers), step.reach.clamp(min=0), step.prompt)
+        if active is None:
+            return
+        flat = active.flatten(1)
+        for index, (every, some) in enumerate(zip(flat.all(1).tolist(), flat.any(1).tolist())):
+            if not every:
+                step.routed[index] = active[index]
+                if not some:
+                    step.skipped.add(index)
 
     def _added(self, step: Step, layer: Layer) -> np.ndarray:
         active = step.routed.get(layer.index)
-        return step.added if active is None else active.sum(1, dtype=torch.int32).numpy()
+        return step.added if active is None else (active & (step.positions >= 0)).sum(1, dtype=torch.int32).numpy()
 
     def _reserve(self, step: Step) -> None:
         """Reserve the pages of the whole forward, or raise."""

@@ -173,7 +173,7 @@ class RoutedForward:
         step = None if frame is None or frame.cache is None else frame.cache.engine.step
         active = None if step is None else step.routed.get(self.index)
         hidden = args[0] if args else kwargs["hidden_states"]
-        if active is not None and not bool(active.any()):
+        if step is not None and self.index in step.skipped:
             return self._as_output(hidden)
         out = type(self.layer).forward(self.layer, *args, **kwargs)
         self.form["tuple"] = len(out) if isinstance(out, tuple) else 0

@@ -63,6 +63,7 @@ def gemma3n():
         laurel_rank=4,
         altup_num_inputs=2,
         num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"],
         activation_sparsity_pattern=None,
     )
 

@@ -41,7 +41,7 @@ class Policy:
         sinks, recent, budget: see :meth:`allocate`; ``budget`` None keeps everything.
 
     What a subclass may override
-        score (retention), allocate (retention), select (selection), active (layer schedule).
+        score (retention), allocate (retention), select (selection), layers (layer schedule).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -124,10 +124,13 @@ class Policy:
     @property
     def schedules(self) -> bool:
         """Whether the policy skips layers."""
-        return type(self).active is not Policy.active
+        return type(self).layers is not Policy.layers
 
-    def active(self, layer: int, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
-        """Which tokens run layer ``layer``: bool like ``positions`` (int32, [rows, T]); None: all of them."""
+    def layers(self, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
+        """Which tokens run which layer: bool [num_layers, rows, T] for ``positions`` [rows, T] int32; None: all.
+
+        ``prompt``: the tokens belong to a prompt. A layer that a position runs must be run by all earlier ones.
+        """
         return None
 
     def check(self, num_layers: int) -> None:

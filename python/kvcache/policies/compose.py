@@ -77,9 +77,8 @@ class _Composite(Policy):
     def query_place(self) -> int:
         return self._by_axis["selects"].query_place if self.selects else 0
 
-    def active(self, layer: int, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
-        part = self._by_axis.get("schedules")
-        return None if part is None else part.active(layer, num_layers, positions, prompt)
+    def layers(self, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
+        return self._by_axis["schedules"].layers(num_layers, positions, prompt)
 
     def check(self, num_layers: int) -> None:
         for part in self.parts:

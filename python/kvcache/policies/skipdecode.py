@@ -63,10 +63,10 @@ class SkipDecode(Policy):
         t = positions.clamp(0, self.horizon).long()
         return self.max_layers - (2 * (self.max_layers - self.min_layers) * t + self.horizon - 1) // (2 * self.horizon)
 
-    def active(self, layer: int, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
-        if layer < self.warmup or (prompt and self.prompt == "full"):
+    def layers(self, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
+        if prompt and self.prompt == "full":
             return None
-        depth = (
-            torch.full_like(positions, self.max_layers) if prompt and self.prompt == "n_max" else self.depth(positions)
-        )
-        return layer >= num_layers - (depth - self.warmup)
+        fixed = prompt and self.prompt == "n_max"
+        depth = torch.full_like(positions, self.max_layers) if fixed else self.depth(positions)
+        layer = torch.arange(num_layers)[:, None, None]
+        return (layer < self.warmup) | (layer >= num_layers - (depth - self.warmup))
