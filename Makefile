@@ -35,9 +35,9 @@ $(VENV)/ready: Makefile
 $(VENV)/built: $(VENV)/ready pyproject.toml CMakeLists.txt $(CPP_SOURCES)
 	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" $(PIP) --no-build-isolation --no-index --no-deps -Cbuild-dir=build/make -e .
 	touch $@
-# lint NAME COMMAND: skipped where the tool is missing.
-lint = if command -v "$(VENV)/bin/$(1)" > /dev/null; then "$(VENV)/bin/$(1)" $(2); \
-       elif command -v $(1) > /dev/null; then $(1) $(2); else echo "$(1): not installed here, skipped"; fi
+# lint NAME ARGUMENTS: a tool that this machine lacks is skipped.
+lint = @if command -v $(1) > /dev/null; then echo "$(1) $(2)"; $(1) $(2); else echo "$(1): not installed here, skipped"; fi
+lint: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 else
 $(VENV)/ready: Makefile
 	$(PYTHON) -c "import venv, ensurepip" 2> /dev/null || { echo "$(NO_VENV)"; exit 1; }
@@ -49,7 +49,7 @@ $(VENV)/ready: Makefile
 $(VENV)/built: $(VENV)/ready pyproject.toml CMakeLists.txt $(CPP_SOURCES)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation -Cbuild-dir=build/make -e ".[test,demo]"
 	touch $@
-lint = "$(VENV)/bin/$(1)" $(2)
+lint = @echo "$(1) $(2)"; "$(VENV)/bin/$(1)" $(2)
 endif
 NO_VENV = $(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt-get install python3-venv
 

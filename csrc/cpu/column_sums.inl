@@ -66,17 +66,18 @@ inline void next_queries(const ColumnSumsParams& c, int64_t row, int64_t head, i
 inline void add_mass(const AttentionParams& p, const KeyBlock& block, const QueryRows& rows, const float* bias, float* mass) {
   const bool all_visible = block.positions.high <= rows.last.low && block.positions.low >= rows.start.high;
   const float to_cap = p.softcap > 0 ? 1.0f / p.softcap : 0.0f, from_cap = p.softcap * kLog2E;
+  const Vec unused[kVecs] = {};
   for (int first = 0; first < block.n; first += kPanel) {
     const float* panel = block.keys + int64_t(first) * p.view.k_dim;
     for (int i = 0; i < rows.n; i += kRows) {
-      Vec sums[kRows][kVecs] = {};
-      multiply<kVecs>(rows.queries + i * kRowStep, kRowStep, 1, panel, p.view.k_dim, sums);
+      float logits[kRows * kPanel];
+      multiply<kVecs>(rows.queries + i * kRowStep, kRowStep, 1, panel, p.view.k_dim, nullptr, unused, logits);
       const int n = rows.n - i < kRows ? rows.n - i : kRows;
       for (int j = 0; j < kVecs; ++j) {
         float* target = mass + first + j * kLanes;
         Vec total = load(target);
         for (int r = 0; r < n; ++r) {
-          Vec x = sums[r][j];
+          Vec x = load(logits + r * kPanel + j * kLanes);
           if (p.softcap > 0) x = tanh(x * to_cap) * from_cap;
           if (bias) x += load(bias + first + j * kLanes);
           if (!all_visible) {

@@ -111,12 +111,9 @@ inline void adjust_scores(const AttentionParams& p, const QueryBlock& block, con
 template <int V>
 inline void attend_tile(const AttentionParams& p, const QueryBlock& block, QueryPanel& panel, const KeyTile& tile, float* scores) {
   constexpr int kWidth = V * kLanes;
-  for (int i = 0; i < tile.n; i += kRows) {
-    Vec sums[kRows][V] = {};
-    multiply<V>(tile.keys + i * kRowStep, kRowStep, 1, panel.queries, p.view.k_dim, sums);
-    for (int r = 0; r < kRows; ++r)
-      for (int j = 0; j < V; ++j) store(scores + (i + r) * kWidth + j * kLanes, sums[r][j]);
-  }
+  const Vec unused[V] = {};
+  for (int i = 0; i < tile.n; i += kRows)
+    multiply<V>(tile.keys + i * kRowStep, kRowStep, 1, panel.queries, p.view.k_dim, nullptr, unused, scores + i * kWidth);
   const bool all_visible = tile.positions.high <= panel.upper.low && tile.positions.low >= panel.lower.high;
   if (!all_visible || p.softcap > 0 || p.bias || p.mask) adjust_scores(p, block, panel, tile, !all_visible, scores);
 
@@ -145,13 +142,8 @@ inline void attend_tile(const AttentionParams& p, const QueryBlock& block, Query
   }
   for (int j = 0; j < V; ++j) store(panel.mass + j * kLanes, mass[j]);
   for (int d = 0; d < p.view.v_dim; d += kRows) {
-    Vec sums[kRows][V];
-    float* target = panel.sums + d * kWidth;
-    for (int r = 0; r < kRows; ++r)
-      for (int j = 0; j < V; ++j) sums[r][j] = load(target + r * kWidth + j * kLanes) * shrink[j];
-    multiply<V>(tile.values + d, 1, kRowStep, scores, tile.n, sums);
-    for (int r = 0; r < kRows; ++r)
-      for (int j = 0; j < V; ++j) store(target + r * kWidth + j * kLanes, sums[r][j]);
+    float* sums = panel.sums + d * kWidth;
+    multiply<V>(tile.values + d, 1, kRowStep, scores, tile.n, sums, shrink, sums);
   }
 }
 

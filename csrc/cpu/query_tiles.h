@@ -14,9 +14,16 @@ constexpr int kPanel = kVecs * kLanes;  // lanes of a full panel
 constexpr int kRowStep = 272;           // floats between rows: a constant, so that addresses need one register, and an odd
                                         // number of cache lines, so that a column of a tile uses all sets of the cache
 
-// sums[i][j] += rows[i][d] * panel[d][j] over the depth; a panel's line has V vectors.
+// result[i][j] = start[i][j] * factor[j] + sum over the depth of rows[i][d] * panel[d][j]; lines of V vectors. A null `start`
+// is zero. Row i is at rows + i * row_step, its depth advances by depth_step.
 template <int V>
-inline void multiply(const float* rows, int64_t row_step, int64_t depth_step, const float* panel, int depth, Vec (&sums)[kRows][V]) {
+inline void multiply(const float* rows, int64_t row_step, int64_t depth_step, const float* panel, int depth, const float* start,
+                     const Vec (&factor)[V], float* result) {
+  Vec sums[kRows][V];  // only constant indices, or it would live in memory
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) sums[i][j] = start ? load(start + (i * V + j) * kLanes) * factor[j] : Vec{};
   for (int d = 0; d < depth; ++d) {
     Vec line[V];
 #pragma GCC unroll 4
@@ -30,6 +37,10 @@ inline void multiply(const float* rows, int64_t row_step, int64_t depth_step, co
     rows += depth_step;
     panel += V * kLanes;
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) store(result + (i * V + j) * kLanes, sums[i][j]);
 }
 
 // One row of storage as float32 in plain order.

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 DECODE_MODES = ("auto", "eager")
+MAX_HEAD_SIZE = 256
 
 
 def wrap(
@@ -154,6 +155,11 @@ def attention_tiers(model: PreTrainedModel, count: int) -> frozenset[int]:
         transforms = _transforms_after_update(type(module))
         if transforms is None:
             continue
+        size = getattr(module, "head_dim", 0)
+        if isinstance(size, int) and size > MAX_HEAD_SIZE:
+            raise ValueError(
+                f"{type(module).__name__} of layer {index} has heads of size {size}; kvcache reads up to {MAX_HEAD_SIZE}"
+            )
         found[index] = found.get(index, False) or transforms
     missing = [i for i in range(count) if i not in found]
     if missing:
@@ -176,6 +182,7 @@ def _transforms_after_update(cls: type[nn.Module]) -> bool | None:
     names: list[str] | None = None
     updated = called = 0
     passed: list[str | None] = []
+    mask: str | None = None
     assigned: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
@@ -190,6 +197,8 @@ def _transforms_after_update(cls: type[nn.Module]) -> bool | None:
             by_name = {k.arg: k.value for k in node.keywords}
             arguments = [*node.args[2:4], *(by_name[k] for k in ("key", "value") if k in by_name)]
             passed, called = [a.id if isinstance(a, ast.Name) else None for a in arguments[:2]], node.lineno
-    if names is None or not called:
+            given = [*node.args[4:5], *(by_name[k] for k in ("attention_mask",) if k in by_name)]
+            mask = next((a.id for a in given if isinstance(a, ast.Name)), None)
+    if names is None or not called or mask != "attention_mask":  # Doge makes a mask of its own
         return None
     return passed != names or any(n in names and updated < line < called for line, n in assigned)

@@ -130,7 +130,9 @@ class Replay(Oracle):
         seen = super().visible(layer, q, k, probabilities)
         for t, kept in self.log.items():
             if t < q.shape[1]:
-                for h, positions in enumerate(kept[layer]):
+                # One latent head (MLA) serves all heads.
+                heads = kept[layer] if len(kept[layer]) > 1 else kept[layer] * seen.shape[0]
+                for h, positions in enumerate(heads):
                     seen[h, t] = False
                     seen[h, t, [*positions, t]] = True
         return seen

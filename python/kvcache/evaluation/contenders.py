@@ -1,0 +1,73 @@
+"""The policies that are compared, as text forms scaled to a context and a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BASELINES", "DEMO", "SINKS", "Contender", "contender", "contenders", "label"]
+
+#: First tokens that are protected where a policy protects any; StreamingLLM's number.
+SINKS = 4
+#: What ``kvcache demo`` shows.
+DEMO = ("full", "streamingllm", "h2o", "tokenselect", "skipdecode")
+#: What ``kvcache eval`` adds: the comparisons of the papers.
+BASELINES = ("window", "random")
+#: Independent of the budget: nothing is evicted or selected.
+UNBUDGETED = ("full", "skipdecode")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A policy under a name for people, with the text form that runs; ``share`` of the context is its budget."""
+
+    name: str
+    label: str
+    policy: str
+    share: float
+
+
+_LABELS = {
+    "full": "Full cache",
+    "streamingllm": "StreamingLLM",
+    "h2o": "H2O",
+    "tokenselect": "TokenSelect",
+    "skipdecode": "SkipDecode",
+    "window": "Window, no sinks",
+    "random": "Random eviction",
+}
+
+
+def contender(name: str, length: int, share: float, layers: int) -> Contender:
+    """``name`` with a budget of ``share`` of ``length`` tokens, on a model of ``layers`` layers.
+
+    Random eviction protects as many recent tokens as H2O, so that the two differ only in how the other half is chosen.
+    SkipDecode has no token budget: it runs three quarters of the layers at the end of the context.
+    """
+    budget = max(round(length * share), 2 * SINKS + 2)
+    half = budget // 2
+    texts = {
+        "full": "full",
+        "streamingllm": f"streamingllm(sinks={SINKS}, window={budget - SINKS})",
+        "h2o": f"h2o(heavy={budget - half}, recent={half})",
+        "tokenselect": f"tokenselect(k={budget - half - SINKS}, sinks={SINKS}, local={half}, chunk={half})",
+        "skipdecode": f"skipdecode(min_layers={max(1, layers * 3 // 4)}, max_layers={layers}, horizon={length})",
+        "window": f"streamingllm(sinks=0, window={budget})",
+        "random": f"randomeviction(keep={budget}, recent={half})",
+    }
+    if name not in texts:
+        raise ValueError(f"unknown contender {name!r}; one of {', '.join(texts)}")
+    return Contender(name, _LABELS[name], texts[name], 1.0 if name in UNBUDGETED else share)
+
+
+def contenders(names: tuple[str, ...], length: int, shares: tuple[float, ...], layers: int) -> list[Contender]:
+    """Every name at every budget; those without a budget once."""
+    return [
+        contender(name, length, share, layers)
+        for name in names
+        for share in ((1.0,) if name in UNBUDGETED else shares)
+    ]
+
+
+def label(name: str) -> str:
+    """The name for people of a contender."""
+    return _LABELS.get(name, name)

@@ -1,0 +1,312 @@
+"""``kvcache demo``: a real language model under five cache policies, side by side, in about a minute.
+
+Everything shown is measured in the run: right and wrong answers, bits per byte, bytes of pages held, decode time.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..report import human_bytes
+from ..wrap import wrap
+from .console import console, require_extras, table, ticking
+from .contenders import DEMO, Contender, contender
+from .loading import load_model, load_tokenizer
+from .rows import Row, machine, write_report
+from .suite import (
+    BATCH,
+    Answers,
+    Bits,
+    Timing,
+    decode_times,
+    draw_examples,
+    draw_windows,
+    generate_answers,
+    share_weights,
+    text_bits,
+)
+from .tasks import Example
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Results", "run"]
+
+ROUNDS = 9
+#: A round of timing, in batches of questions, for the progress bar.
+ROUND_TICKS = 0.25
+
+
+@dataclass
+class Results:
+    """What one run measured, by contender's name."""
+
+    contenders: list[Contender]
+    answers: dict[tuple[str, str], Answers]  # (task, name)
+    bits: dict[str, Bits]
+    times: dict[str, Timing]  # by policy text, and "DynamicCache"
+    shown: Example
+    shown_answers: dict[str, str]
+    length: int
+    seconds: float = 0.0
+
+    def rows(self) -> list[Row]:
+        """Rows of ``report.json``: a policy on a task each, and the baseline's decode time."""
+        rows = []
+        for c in self.contenders:
+            time_ = self.times[c.policy]
+            common: dict[str, Any] = {
+                "name": c.name,
+                "budget": c.share,
+                "length": self.length,
+                "ms_per_token": time_.ms,
+                "ratio": time_.ratio,
+            }
+            for task in ("passkey", "recall"):
+                a = self.answers[task, c.name]
+                rows.append(
+                    Row(
+                        c.policy,
+                        task,
+                        accuracy=a.accuracy,
+                        interval=a.interval,
+                        nbytes=a.held.nbytes,
+                        full_nbytes=a.held.full_nbytes,
+                        read=a.held.read,
+                        samples=len(a.right),
+                        protocol="agnostic",
+                        **common,
+                    )
+                )
+            b = self.bits[c.name]
+            rows.append(
+                Row(
+                    c.policy,
+                    "text",
+                    bits_per_byte=b.mean,
+                    interval=b.interval,
+                    nbytes=b.held.nbytes,
+                    full_nbytes=b.held.full_nbytes,
+                    read=b.held.read,
+                    samples=len(b.windows),
+                    **common,
+                )
+            )
+        base = self.times["DynamicCache"]
+        held = self.answers["passkey", "full"].held.full_nbytes
+        rows.append(
+            Row(
+                "DynamicCache",
+                "decode",
+                nbytes=held,
+                full_nbytes=held,
+                ms_per_token=base.ms,
+                ratio=1.0,
+                backend="transformers",
+                name="dynamiccache",
+                length=self.length,
+            )
+        )
+        for row in rows:
+            row.extra = {k: v for k, v in machine().items() if k != "backend"}
+        return rows
+
+
+def run(
+    out: Path,
+    *,
+    length: int = 1024,
+    samples: int = 32,
+    windows: int = 16,
+    share: float = 1 / 8,
+    seed: int = 0,
+    folder: str | None = None,
+) -> Results:
+    """Measure, print, and write ``report.json`` and ``demo.png`` into ``out``."""
+    require_extras()
+    screen = console()
+    began = time.perf_counter()
+    with screen.status("Loading the model and Python's documentation as text") if screen.is_terminal else _Quiet():
+        plain = load_model(folder)
+        tokenizer = load_tokenizer(folder)
+        wrapped = wrap(share_weights(plain))
+        examples = {task: draw_examples(task, length, samples, seed) for task in ("passkey", "recall")}
+        text = draw_windows(length, windows, seed)
+    layers = plain.config.num_hidden_layers
+    compared = [contender(name, length, share, layers) for name in DEMO]
+    _introduce(screen, plain, length, share, samples, windows)
+
+    batches = -(-samples // BATCH)
+    text_ticks = -(-windows // BATCH) * (length // 2 // 64)
+    total = len(compared) * (2 * batches + text_ticks) + (ROUNDS + 1) * ROUND_TICKS
+    answers: dict[tuple[str, str], Answers] = {}
+    bits: dict[str, Bits] = {}
+    with ticking(screen, total) as progress:
+        for c in compared:
+            for task in ("passkey", "recall"):
+                progress.phase(f"{task}, {c.label}")
+                answers[task, c.name] = generate_answers(wrapped, c.policy, examples[task], tick=progress.tick)
+            progress.phase(f"text, {c.label}")
+            bits[c.name] = text_bits(wrapped, c.policy, text, tick=progress.tick)
+        progress.phase("decode time, all side by side")
+        times = decode_times(
+            plain,
+            wrapped,
+            [c.policy for c in compared],
+            examples["passkey"][0].prompt,
+            rounds=ROUNDS,
+            tick=lambda: progress.tick(ROUND_TICKS),
+        )
+    which = _telling(answers)
+    results = Results(
+        compared,
+        answers,
+        bits,
+        times,
+        examples["passkey"][which],
+        {c.name: tokenizer.decode(answers["passkey", c.name].tokens[which]) for c in compared},
+        length,
+        time.perf_counter() - began,
+    )
+    _show_prompt(screen, results)
+    _show_table(screen, results, share)
+    report = write_report(out, results.rows())
+    from .plots import plot_demo
+
+    plot = plot_demo(results.rows(), out / "demo.png")
+    screen.print(f"Took {results.seconds:.0f} s. Written: {report} and {plot}", markup=False, soft_wrap=True)
+    return results
+
+
+class _Quiet:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _telling(answers: dict[tuple[str, str], Answers]) -> int:
+    """Index of the passkey question to show: the first that the full cache answers and not every policy does."""
+    full = answers["passkey", "full"].right
+    others = [a.right for (task, name), a in answers.items() if task == "passkey" and name != "full"]
+    for i in range(len(full)):
+        if full[i] and not all(right[i] for right in others):
+            return i
+    return 0
+
+
+def _introduce(screen: Console, model: Any, length: int, share: float, samples: int, windows: int) -> None:
+    config = model.config
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    facts = machine()
+    screen.print(
+        f"\n[bold]kvcache demo[/] · a byte-level {type(model).__name__.removesuffix('ForCausalLM')} of {size:.1f} M "
+        f"parameters ({config.num_hidden_layers} layers, {config.num_attention_heads}/{config.num_key_value_heads} heads) "
+        f"on the CPU, {facts['threads']} thread{'s' if facts['threads'] != 1 else ''}, "
+        f"{facts['backend']} kernels ({facts['isa']})"
+    )
+    screen.print(
+        f"[dim]Context {length:,} tokens, budget 1/{round(1 / share)} = {round(length * share)} entries per head. "
+        f"{samples} questions per task, {windows} windows of text.[/]\n"
+    )
+
+
+def _show_prompt(screen: Console, results: Results) -> None:
+    from rich.text import Text
+
+    example = results.shown
+    question = example.prompt_text[example.question_start - 1 :]
+    key, value = question[1:-1], example.answer_text[:-1]
+    needle = f"#{key}:{value};"
+    context = example.prompt_text[: example.question_start - 1]
+    at = context.find(needle)
+    around = context[max(0, at - 90) : at], context[at + len(needle) : at + len(needle) + 90]
+    before, after = (" ".join(part.split()) for part in around)
+    screen.print(
+        f"[bold]One of the passkey questions[/] [dim](the needle stands at byte {at:,} of {len(context):,}; "
+        "each cache was compressed before the question came)[/]"
+    )
+    line = Text("  … ")
+    line.append(before + " ", "dim")
+    line.append(needle, "bold yellow")
+    line.append(" " + after, "dim")
+    line.append(" …  ")
+    line.append(question, "bold cyan")
+    screen.print(line)
+    answer = Text("  ")
+    for c in results.contenders:
+        said = results.shown_answers[c.name]
+        right = said == example.answer_text
+        shown = said.removesuffix(";").encode("unicode_escape").decode()
+        answer.append(f"{c.label} ")
+        answer.append(f"{shown} {'✓' if right else '✗'}", "bold green" if right else "bold red")
+        answer.append("   ")
+    screen.print(answer)
+    screen.print()
+
+
+def _show_table(screen: Console, results: Results, share: float) -> None:
+    grid = table()
+    grid.add_column("Policy", no_wrap=True)
+    for head in (
+        "Passkey\nright",
+        "Recall\nright",
+        "Text\nbits/byte",
+        "Cache\nheld",
+        "of\nfull",
+        "read\n/step",
+        "Decode\nms/token",
+        "× Dynamic-\nCache",
+    ):
+        grid.add_column(head, justify="right", no_wrap=True)
+    base = results.times["DynamicCache"]
+    dense = results.answers["passkey", "full"].held.full_nbytes
+    grid.add_row(
+        "[dim]DynamicCache, unwrapped[/]", "", "", "", f"[dim]{human_bytes(dense)}[/]", "[dim]100%[/]", "",
+        f"[dim]{base.ms:.2f}[/]", "[dim]1.00[/]",
+    )  # fmt: skip
+    best = results.answers["passkey", "full"].accuracy
+    for c in results.contenders:
+        passkey, recall = results.answers["passkey", c.name], results.answers["recall", c.name]
+        held, t = passkey.held, results.times[c.policy]
+        grid.add_row(
+            c.label,
+            _graded(passkey.accuracy, best),
+            _graded(recall.accuracy, results.answers["recall", "full"].accuracy),
+            f"{results.bits[c.name].mean:.3f}",
+            human_bytes(held.nbytes),
+            f"{held.nbytes / held.full_nbytes:.0%}",
+            f"{held.read:.0f}",
+            f"{t.ms:.2f}",
+            f"{t.ratio:.2f}",
+        )
+    screen.print(grid)
+    n = len(results.answers["passkey", "full"].right)
+    low, high = results.answers["passkey", "full"].interval
+    notes = [
+        f"right: share of {n} questions answered in every byte; with {n}, ±{(1 / n**0.5) * 100:.0f} points is chance. "
+        "bits/byte: lower is better, second half of each window, decoded byte by byte.",
+        "held: pages of one sequence after the context, keys and values; whole pages, so full is just over 100 %. "
+        "read: entries per head and layer that one step attends.",
+        f"TokenSelect evicts nothing: it reads {round(results.length * share)} of all entries each step. "
+        "SkipDecode leaves out layers of a model that was not fine-tuned for that, as the paper does; expect errors.",
+        "ms/token on a model this small is mostly Python, not attention; `kvcache bench` times a larger one at 8k tokens.",
+    ]
+    for note in notes:
+        screen.print(f"[dim]· {note}[/]")
+    screen.print("[dim]· Policies: " + "; ".join(c.policy for c in results.contenders) + "[/]\n")
+    del low, high
+
+
+def _graded(value: float, best: float) -> str:
+    colour = "green" if value >= 0.95 * best else "yellow" if value >= 0.5 * best else "red"
+    return f"[{colour}]{value:.0%}[/]"
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    run(Path("kvcache-demo"))

@@ -1,0 +1,43 @@
+"""The small model that ships with kvcache."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+__all__ = ["load_model", "load_tokenizer", "shipped_folder"]
+
+
+def shipped_folder() -> Path:
+    """Folder of the shipped model and tokenizer, in the installed package. FileNotFoundError if it is missing."""
+    folder = Path(str(resources.files(__package__) / "model"))
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: this installation of kvcache is incomplete; "
+            "python -m kvcache.evaluation.train --out FOLDER makes one, --model FOLDER uses it"
+        )
+    return folder
+
+
+def load_model(folder: str | Path | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The byte-level model in ``folder`` (default: the shipped one) for inference.
+
+    Stored in bfloat16, computed in float32: many CPUs have no fast bfloat16 arithmetic.
+    """
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder or shipped_folder()), dtype=dtype, local_files_only=True)
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The byte-level tokenizer that belongs to :func:`load_model`."""
+    return AutoTokenizer.from_pretrained(str(folder or shipped_folder()), local_files_only=True)

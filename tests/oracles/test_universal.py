@@ -1,0 +1,303 @@
+"""The universal oracles: what must hold for every policy and backend, whatever it decides."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from support.dense import CompactOracle, H2OOracle, Oracle, Replay, TokenSelectOracle, dense_logits
+from support.models import build, padded
+from support.policies import GENEROUS, LAYERS, POLICIES, part, schedule
+from support.runs import kept, own_log, run
+
+import kvcache
+from kvcache import H2O, TokenSelect
+
+TOLERANCE = 5e-5  # float32; logits reach ±15, and what a policy changes is of the order of 1
+PROMPT, TOTAL = 44, 66
+TURN = 9  # tokens of a second turn
+
+
+@cache
+def tokens(seed: int = 3, total: int = TOTAL):
+    # No token twice: in layer 0 equal tokens have equal unrotated keys, and rounding would break the tie.
+    return (torch.randperm(94, generator=torch.Generator().manual_seed(seed))[:total] + 3)[None]
+
+
+def wrapped(policy, name="qwen3", **options):
+    return kvcache.wrap(build(name, num_hidden_layers=LAYERS), policy, **options)
+
+
+@cache
+def dense(seed: int = 3):
+    with torch.no_grad():
+        return build("qwen3", num_hidden_layers=LAYERS)(tokens(seed)).logits
+
+
+def close(a, b, what=""):
+    worst = float((a - b).abs().max())
+    assert worst <= TOLERANCE, f"{what}: differs by {worst}"
+
+
+@pytest.mark.parametrize("name", GENEROUS)
+def test_o1_a_budget_for_everything_changes_nothing(name, backend):
+    result = run(wrapped(GENEROUS[name]), tokens(), PROMPT)
+    close(result.logits, dense())
+    assert (result.cache.kept(LAYERS - 1) == TOTAL).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_o2_equals_dense_attention_under_the_replayed_mask(name, backend):
+    policy = POLICIES[name]
+    model = wrapped(policy)
+    result = run(model, tokens(), PROMPT)
+    kvcache.unwrap(model)
+    active = schedule(policy, TOTAL, PROMPT)
+    select = part(policy, TokenSelect)
+    if select is None:
+        oracle = Replay(own_log(result))
+        if active is not None:
+            # Whoever skips a layer leaves nothing there, also not within the prompt.
+            for t in range(PROMPT):
+                oracle.log[t] = [
+                    [[p for p in range(t) if bool(active(i)[p])] for _ in range(2)] for i in range(LAYERS)
+                ]
+    else:
+        oracle = select_oracle(model, select, active)
+    close(result.logits[0], dense_logits(model, tokens(), oracle, active), name)
+    if name != "full":
+        assert (result.logits - dense()).abs().max() > 0.5, "the policy decided nothing: the test says nothing"
+
+
+def select_oracle(model, select, active=None):
+    values = {n: getattr(select, n) for n in ("k", "sinks", "local", "reuse", "chunk", "vote")}
+    if select.positions == "compact":
+        frequencies = model.model.rotary_emb.inv_freq
+        return CompactOracle(**values, prompt=PROMPT, active=active, inverse_frequencies=frequencies)
+    return TokenSelectOracle(**values, prompt=PROMPT, active=active)
+
+
+@pytest.mark.parametrize("name", ["h2o", "h2o-max", "h2o-ratio", "h2o-heavy", "h2o|skipdecode"])
+def test_o2_h2o_keeps_exactly_what_its_scores_say(name, backend):
+    policy = part(POLICIES[name], H2O)
+    model = wrapped(POLICIES[name])
+    result = run(model, tokens(), PROMPT)
+    kvcache.unwrap(model)
+    heavy, recent = (int(x * PROMPT) if isinstance(x, float) else x for x in (policy.heavy, policy.recent))
+    active = schedule(POLICIES[name], TOTAL, PROMPT)
+    oracle = H2OOracle(heavy, recent, PROMPT, policy.group, active)
+    close(result.logits[0], dense_logits(model, tokens(), oracle, active))
+    for t in range(PROMPT, TOTAL + 1):
+        for layer in range(LAYERS):
+            assert result.log[t][0][layer] == oracle.kept[layer][t - 1], (t, layer)
+    if name == "h2o":  # heads decide for themselves
+        assert any(len({tuple(h) for h in layer}) > 1 for layer in result.log[TOTAL][0])
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_o3_later_tokens_change_nothing_before_them(name, backend):
+    policy = POLICIES[name]
+    select = part(policy, TokenSelect)
+    # A chunk votes together: TokenSelect is causal from chunk to chunk.
+    inside = 25 if select is None else 5 * select.prefill_chunk
+    first = run(wrapped(policy), tokens(), PROMPT)
+    for t in (inside, PROMPT + 8):
+        other = tokens().clone()
+        other[:, t:] = tokens(seed=4)[:, t:]
+        second = run(wrapped(policy), other, PROMPT)
+        close(first.logits[:, :t], second.logits[:, :t])
+        assert (first.logits[:, t:] - second.logits[:, t:]).abs().max() > 0.1
+        assert all(first.log[u] == second.log[u] for u in range(PROMPT, t + 1))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_o4_what_is_evicted_never_returns(name, backend):
+    result = run(wrapped(POLICIES[name]), tokens(), PROMPT)
+    for t in range(PROMPT, TOTAL):
+        for before, after in zip(result.log[t][0], result.log[t + 1][0]):
+            for old, new in zip(before, after):
+                assert set(new) <= {*old, t}
+                assert new == sorted(set(new))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_o5_a_prompt_in_chunks_is_the_prompt(name, backend):
+    policy = POLICIES[name]
+    size = policy.prefill_chunk  # set: the policy declares that its decisions depend on chunks of this size
+    chunks = [1, 17, 2, 13, 11] if size is None else [4 * size, size, 2 * size, PROMPT - 7 * size]
+    assert sum(chunks) == PROMPT
+    once = run(wrapped(policy), tokens(), PROMPT)
+    pieces = run(wrapped(policy), tokens(), PROMPT, chunks=chunks)
+    close(once.logits, pieces.logits)
+    assert once.log == pieces.log
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", POLICIES)
+def test_o6_a_row_of_a_padded_batch_is_the_row_alone(name, side, backend):
+    policy = POLICIES[name]
+    model = wrapped(policy)
+    lengths = (PROMPT, 31, 12)
+    rows = [tokens(seed=5 + i) for i in range(3)]
+    ids, mask = padded([row[0, :n] for row, n in zip(rows, lengths)], side)
+    later = torch.cat([row[:, n : n + 20] for row, n in zip(rows, lengths)])
+    real = torch.cat([mask, torch.ones_like(later)], 1)
+    batch = run(model, torch.cat([ids, later], 1), PROMPT, real)
+    for r, (row, n) in enumerate(zip(rows, lengths)):
+        alone = run(model, row[:, : n + 20], n)
+        close(batch.logits[r][real[r].bool()], alone.logits[0], f"row {r}")
+        for step in range(21):
+            assert batch.log[PROMPT + step][r] == alone.log[n + step][0], (r, step)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_o6_padding_in_the_middle(name, backend):
+    """Two turns of a conversation, the first padded on the right, the second on the left."""
+    model = wrapped(POLICIES[name])
+    lengths, turns = (PROMPT, 23), (3, TURN)
+    rows = [tokens(seed=8 + i) for i in range(2)]
+    first, first_mask = padded([row[0, :n] for row, n in zip(rows, lengths)], "right")
+    turn, turn_mask = padded([row[0, n : n + m] for row, n, m in zip(rows, lengths, turns)], "left")
+    later = torch.cat([row[:, n + m : n + m + 6] for row, n, m in zip(rows, lengths, turns)])
+    real = torch.cat([first_mask, turn_mask, torch.ones_like(later)], 1)
+
+    def converse(parts, mask):
+        cache, out, start = kvcache.KVCache(model), [], 0
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        for ids in parts:
+            end = start + ids.shape[1]
+            with torch.no_grad():
+                out.append(
+                    model(
+                        ids,
+                        attention_mask=mask[:, :end],
+                        position_ids=places[:, start:end],
+                        past_key_values=cache,
+                    ).logits
+                )
+            start = end
+        return torch.cat(out, 1), cache
+
+    steps = later.split(1, 1)
+    logits, cache = converse([first, turn, *steps], real)
+    for r, (row, n, m) in enumerate(zip(rows, lengths, turns)):
+        parts = [row[:, :n], row[:, n : n + m], *row[:, n + m : n + m + 6].split(1, 1)]
+        expected, alone = converse(parts, torch.ones(1, n + m + 6, dtype=torch.long))
+        close(logits[r][real[r].bool()], expected[0], f"row {r}")
+        assert kept(cache, r) == kept(alone), r
+
+
+@pytest.mark.parametrize("name", ["llama-mqa", "llama-gqa", "llama-mha"])
+@pytest.mark.parametrize("policy", ["h2o", "h2o-max", "random", "tokenselect", "tokenselect-compact"])
+def test_o7_query_heads_read_their_own_kv_head(policy, name, backend):
+    model = wrapped(POLICIES[policy], name)
+    result = run(model, tokens(), PROMPT)
+    kvcache.unwrap(model)
+    select = part(POLICIES[policy], TokenSelect)
+    oracle = Replay(own_log(result)) if select is None else select_oracle(model, select)
+    close(result.logits[0], dense_logits(model, tokens(), oracle))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_o8_positions_and_what_lies_there(name, backend):
+    """``positions`` names the entries: the keys and values in the pages are the model's own at these positions."""
+    policy = POLICIES[name]
+    model = wrapped(policy)
+    result = run(model, tokens(), PROMPT)
+    cache = result.cache
+    assert cache.seen_tokens == cache.get_seq_length() == TOTAL
+    assert cache.get_mask_sizes(5) == (TOTAL + 5, 0)
+    kvcache.unwrap(model)
+    entries: dict[int, tuple] = {}
+    active = schedule(policy, TOTAL, PROMPT)
+
+    class Recorder(Oracle):
+        def attend(self, layer, q, k, v, causal, logits):
+            entries[layer] = (k, v)
+            return super().attend(layer, q, k, v, causal, logits)
+
+    dense_logits(model, tokens(), Recorder(), active)  # layer 0 reads embeddings: nothing evicted shows there yet
+    layer = cache.engine.layers[0]
+    k, v = entries[0]
+    if cache.policy.positions == "compact":
+        turn = CompactOracle(
+            **{n: 1 for n in ("k", "sinks", "local", "reuse", "chunk", "prompt")},
+            inverse_frequencies=model.model.rotary_emb.inv_freq,
+        ).turn
+        k = turn(k, -torch.arange(TOTAL))
+    for h in range(2):
+        n = int(layer.store.counts[0, h])
+        where = layer.store.positions[0, h, :n].long()
+        assert cache.positions(0, 0, h).tolist() == sorted(where.tolist())
+        assert (layer.store.gather("keys")[0, h, :n] - k[h, where]).abs().max() < 1e-4
+        assert (layer.store.gather("values")[0, h, :n] - v[h, where]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("name", POLICIES)
+def test_o9_bytes_are_what_the_pool_holds(name, page_size, backend):
+    policy = POLICIES[name]
+    model = wrapped(policy, page_size=page_size)
+    result = run(model, tokens(), PROMPT)
+    cache = result.cache
+    (storage,) = cache.engine.storages.values()
+    page_bytes = page_size * 2 * 16 * 4
+    pages = sum(
+        math.ceil(int(n) / page_size) for i in range(LAYERS) for n in cache.kept(i).flatten()
+    )
+    assert storage.pool.used == pages
+    assert cache.nbytes == pages * page_bytes == cache.report().nbytes
+    assert cache.full_nbytes == LAYERS * 2 * TOTAL * 2 * 16 * 4 == cache.report().full_nbytes
+    if policy.retains:
+        budget = {"streamingllm": 11, "window": 7, "h2o-heavy": 7, "random": 9, "h2o-ratio": 8 + 6}.get(name, 11)
+        most = max(len(h) for log in result.log.values() for layer in log[0] for h in layer)
+        assert most == budget
+        assert cache.nbytes <= LAYERS * 2 * math.ceil(budget / page_size) * page_bytes
+    pool = storage.pool
+    del cache, result, storage
+    assert pool.used == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_o10_the_same_again(name, backend):
+    a, b = (run(wrapped(POLICIES[name]), tokens(), PROMPT) for _ in range(2))
+    assert torch.equal(a.logits, b.logits)
+    assert a.log == b.log
+
+
+def test_o10_ties_go_to_the_lowest_position(backend):
+    class _Indifferent(kvcache.Policy):
+        budget, recent = 8, 3
+
+        def score(self, layer):
+            return torch.zeros_like(layer.scores)
+
+        def __str__(self):
+            return "indifferent"
+
+    result = run(wrapped(_Indifferent()), tokens(), PROMPT)
+    for t in range(PROMPT, TOTAL + 1):
+        expected = [*range(5), t - 3, t - 2, t - 1]
+        assert all(head == expected for layer in result.log[t][0] for head in layer)
+
+
+def test_o10_selection_of_fewer_candidates_than_k(backend):
+    # 40 candidates at most for k = 60: everything is read, in spite of a total above sinks + k + local.
+    policy = TokenSelect(k=60, sinks=1, local=2)
+    close(run(wrapped(policy), tokens(), PROMPT).logits, dense())
+
+
+# -- other architectures --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt-oss", "gpt2", "opt", "phi3", "deepseek-v3"])
+@pytest.mark.parametrize("policy", ["h2o", "streamingllm", "h2o-heavy"])
+def test_o2_windows_softcaps_sinks_and_latent_attention(name, policy, backend):
+    model = wrapped(POLICIES[policy], name) if name != "gpt2" else kvcache.wrap(build(name), POLICIES[policy])
+    ids = tokens()
+    result = run(model, ids, PROMPT)
+    kvcache.unwrap(model)
+    close(result.logits[0], dense_logits(model, ids, Replay(own_log(result))), name)
+    for t in range(PROMPT, TOTAL):
+        for before, after in zip(result.log[t][0], result.log[t + 1][0]):
+            assert all(set(new) <= {*old, t} for old, new in zip(before, after))

@@ -1,0 +1,80 @@
+"""The policies that run through every oracle, small enough to decide much within a few dozen tokens."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from kvcache import H2O, Full, Policy, RandomEviction, SkipDecode, StreamingLLM, TokenSelect
+
+LAYERS = 4
+SELECT = {"k": 8, "sinks": 2, "local": 6, "reuse": 0.4, "chunk": 5}
+SKIP = {"min_layers": 1, "max_layers": 3, "horizon": 60}
+
+POLICIES: dict[str, Policy] = {
+    "full": Full(),
+    "streamingllm": StreamingLLM(sinks=2, window=9),
+    "window": StreamingLLM(sinks=0, window=7),
+    "h2o": H2O(6, 5),
+    "h2o-max": H2O(6, 5, group="max"),
+    "h2o-ratio": H2O(0.2, 0.15),
+    "h2o-heavy": H2O(7, 0),
+    "random": RandomEviction(9, sinks=1, recent=2, seed=3),
+    "tokenselect": TokenSelect(**SELECT),
+    "tokenselect-raw": TokenSelect(**SELECT, vote="raw"),
+    "tokenselect-compact": TokenSelect(**SELECT, positions="compact"),
+    "skipdecode": SkipDecode(**SKIP),
+    "skipdecode-n_max": SkipDecode(**SKIP, prompt="n_max"),
+    "skipdecode-schedule": SkipDecode(**SKIP, prompt="schedule", warmup=0),
+    "h2o|skipdecode": H2O(6, 5) | SkipDecode(**SKIP, prompt="schedule"),
+    "skipdecode|tokenselect": SkipDecode(**SKIP) | TokenSelect(**SELECT),
+    "skipdecode|compact": SkipDecode(**SKIP, prompt="n_max") | TokenSelect(**SELECT, positions="compact"),
+}
+
+# The same kinds of policies with room for everything: they must change nothing.
+GENEROUS: dict[str, Policy] = {
+    "full": Full(),
+    "streamingllm": StreamingLLM(sinks=4, window=200),
+    "h2o": H2O(100, 100),
+    "h2o-max": H2O(1.0, 40, group="max"),
+    "random": RandomEviction(200),
+    "tokenselect": TokenSelect(k=100, chunk=7),
+    "tokenselect-compact": TokenSelect(k=100, chunk=7, positions="compact"),
+    "tokenselect-all-candidates": TokenSelect(k=60, sinks=1, local=4),
+    "skipdecode": SkipDecode(LAYERS, LAYERS, prompt="schedule"),
+    "h2o|skipdecode": H2O(100, 100) | SkipDecode(LAYERS, LAYERS, prompt="n_max"),
+    "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),
+}
+
+
+def part(policy: Policy, kind: type) -> Policy | None:
+    """The part of ``policy`` that is a ``kind``."""
+    return next((p for p in getattr(policy, "parts", (policy,)) if isinstance(p, kind)), None)
+
+
+def depth(policy: SkipDecode, position: int) -> int:
+    """SkipDecode's n(t) in exact arithmetic, half rounded up."""
+    share = min(Fraction(position, policy.horizon), Fraction(1))
+    return (policy.max_layers - (policy.max_layers - policy.min_layers) * share + Fraction(1, 2)).__floor__()
+
+
+def active_layers(policy: SkipDecode, position: int, layers: int, in_prompt: bool) -> set[int]:
+    """Layers that run at a position."""
+    if in_prompt and policy.prompt == "full":
+        return set(range(layers))
+    n = policy.max_layers if in_prompt and policy.prompt == "n_max" else depth(policy, position)
+    return {*range(policy.warmup), *range(layers - (n - policy.warmup), layers)}
+
+
+def schedule(policy: Policy, tokens: int, prompt: int, layers: int = LAYERS):
+    """A function layer -> bool [tokens]: who runs it; None when all do."""
+    skip = part(policy, SkipDecode)
+    if skip is None:
+        return None
+
+    def active(layer: int) -> Tensor:
+        return torch.tensor([layer in active_layers(skip, t, layers, t < prompt) for t in range(tokens)])
+
+    return active
