@@ -20,10 +20,7 @@
 #include "prefill_attention.inl"
 #include "column_sums.inl"
 #include "selection_scores.inl"
-#if __has_include("probe.inl")
 #include "probe.inl"
-#define HAVE_probe
-#endif
 // clang-format on
 
 namespace kvcache::cpu::KVCACHE_ISA_NS {
@@ -43,13 +40,8 @@ const Table table = {
     .selection_vote = selection_vote,
     .topk = topk,
     .choose_victims = choose_victims,
-#ifdef HAVE_probe
     .probe_read = probe_read,
     .probe_fma = probe_fma,
-#else
-    .probe_read = nullptr,
-    .probe_fma = nullptr,
-#endif
 };
 
 }  // namespace kvcache::cpu::KVCACHE_ISA_NS

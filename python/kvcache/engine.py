@@ -368,6 +368,7 @@ class Engine:
         step, store = self.step, layer.store
         assert step is not None
         assert store is not None
+        new, layer.new = layer.new, None  # not kept: they are in the pages
         pages = Pages.of(store) if dense is None else Pages.dense(*dense, store.counts, store.positions)
         layer.group = q.shape[1] // pages.counts.shape[1]
         active = step.routed.get(layer.index)
@@ -383,10 +384,9 @@ class Engine:
             return self._decode(layer, pages, q, positions, start, ask, selecting)
         if selecting:
             return self._prefill_selected(layer, pages, q, positions, reach, ask)
-        if self._is_plain(layer, step, ask, dense):
-            assert layer.new is not None
+        if new is not None and self._is_plain(layer, step, ask, new[0].dtype):
             out = scaled_dot_product_attention(
-                q, *layer.new, is_causal=step.tokens > 1, scale=ask.scale, enable_gqa=layer.group > 1
+                q, *new, is_causal=step.tokens > 1, scale=ask.scale, enable_gqa=layer.group > 1
             )
             return out.transpose(1, 2)
         out, lse = ops.prefill_attention(
@@ -400,12 +400,10 @@ class Engine:
                 self._collect(layer, pages, q, positions, lse, start, mask, ask)
         return out
 
-    def _is_plain(self, layer: Layer, step: Step, ask: Attention, dense: object) -> bool:
+    def _is_plain(self, layer: Layer, step: Step, ask: Attention, dtype: torch.dtype) -> bool:
         """Whether torch's dense causal attention over the new tokens alone is the answer."""
         return (
             layer.was_empty
-            and layer.new is not None
-            and dense is None
             and not self.policy.needs
             and not step.padded
             and layer.index not in step.routed
@@ -413,7 +411,7 @@ class Engine:
             and ask.sinks is None
             and ask.softcap == 0.0
             and (layer.window is None or step.tokens <= layer.window)
-            and (self.kv_dtype is None or self.kv_dtype == layer.new[0].dtype)
+            and (self.kv_dtype is None or self.kv_dtype == dtype)
         )
 
     def _decode(

@@ -7,6 +7,7 @@ columns. All offsets are 64-bit; anything that needs pages either gets all of th
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 
@@ -104,6 +105,7 @@ class PageStorage:
         for layer in self.layers:
             table = layer.table
             table.copy_(torch.where(table >= 0, lookup[table.clamp(min=0).long()], -1))
+        _return_free_memory()
 
     def copy(self, pairs: tuple[np.ndarray, np.ndarray]) -> None:
         """Carry out the page copies of a copy on write: (source, target) page ids."""
@@ -313,6 +315,13 @@ class LayerStore:
         """Dense copy of ``what`` ("keys" or "values") in slot order, [R, H, width, D]; dead slots are zero."""
         pages = self.storage.k_pages if what == "keys" else self.storage.v_pages
         return ops.reference.gather_pages(pages, self.table, self.counts, self.max_count if width is None else width)
+
+
+def _return_free_memory() -> None:
+    """Make the C allocator hand freed memory back to the machine: glibc keeps blocks below 32 MiB for reuse."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def _host(x: Tensor) -> np.ndarray:

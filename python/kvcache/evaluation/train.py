@@ -58,7 +58,9 @@ class Stage:
     """One stage of the curriculum.
 
     ``gate`` holds the held-out accuracies, at the longest length, that end the stage.  A round keeps its learning rate
-    for ``1 - decay`` of its ``steps`` and then lowers it to ``floor`` of its value.
+    for ``1 - decay`` of its ``steps`` and then lowers it to ``floor`` of its value.  ``per_sequence`` lets the answers
+    of every sequence weigh the same, instead of every answer byte: late, the hundreds of bytes of a copy, long learned,
+    would drown the three of a frequent word.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Stage:
     max_rounds: int = 3
     adam_lr: float = 3e-3
     export: bool = True
+    per_sequence: bool = False
 
     @property
     def length(self) -> int:
@@ -102,15 +105,17 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "d-512", (Shape(512, 8, 0.7), Shape(256, 8, 0.3)), 1000, _mix(0.3, 0.7, 1, 1, 0.7, 0.5), 0.006,
-        {**_ALL, "frequent_words": 0.95}, decay=0.3, floor=0.3, max_rounds=4,
+        {**_ALL, "frequent_words": 0.9}, decay=0.3, floor=0.3, max_rounds=4,
     ),
     Stage(
         "e-1024", (Shape(1024, 4, 0.7), Shape(512, 8, 0.15), Shape(256, 8, 0.15)), 600,
-        _mix(0.4, 0.6, 1.5, 0.8, 0.6, 0.6), 0.005, {**_ALL, "frequent_words": 0.95}, decay=0.3, floor=0.3, max_rounds=4,
+        _mix(0.4, 0.6, 1.5, 0.8, 0.6, 1), 0.005, {**_ALL, "frequent_words": 0.95}, decay=0.3, floor=0.3, max_rounds=4,
+        per_sequence=True,
     ),
     Stage(
         "f-2048", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.5), Shape(512, 8, 0.15), Shape(256, 8, 0.1)), 1600,
-        _mix(0.3, 0.5, 2.5, 0.6, 0.5, 0.5), 0.005, dict.fromkeys(_ALL, 0.95), decay=0.7, floor=0.01, max_rounds=2,
+        _mix(0.3, 0.5, 2.5, 0.6, 0.5, 0.7), 0.005, dict.fromkeys(_ALL, 0.95), decay=0.7, floor=0.01, max_rounds=2,
+        per_sequence=True,
     ),
 )  # fmt: skip
 
@@ -297,6 +302,15 @@ def _rate(step: int, stage: Stage) -> float:
     return warm * min(1.0, stage.floor + (1 - stage.floor) * left)
 
 
+def _answer_loss(losses: torch.Tensor, answer: torch.Tensor, per_sequence: bool) -> torch.Tensor:
+    """Mean loss of the answers, by byte or by sequence; ``losses`` and the mask ``answer`` are ``[batch, length]``."""
+    if per_sequence:
+        bytes_each = answer.sum(1)
+        means = (losses * answer).sum(1) / bytes_each.clamp(min=1)
+        return means.sum() / (bytes_each > 0).sum().clamp(min=1)
+    return (losses * answer).sum() / answer.sum().clamp(min=1)
+
+
 def _round(model: torch.nn.Module, stage: Stage, index: int, number: int, seed: int, log: Log) -> None:
     """Train one round of a stage."""
     generator = TaskGenerator((seed, index, number))
@@ -312,12 +326,12 @@ def _round(model: torch.nn.Module, stage: Stage, index: int, number: int, seed: 
                 group["lr"] = rate * factor
         shape = stage.shapes[draw.choice(len(weights), p=weights / weights.sum())]
         tokens, kinds = (torch.from_numpy(a) for a in generator.batch(shape.batch, shape.length, stage.mix))
-        logits = _logits(model, tokens)[:, :-1].flatten(0, 1).float()
-        losses = F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="none")
-        kind = kinds[:, 1:].flatten()
+        logits = _logits(model, tokens)[:, :-1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        kind = kinds[:, 1:]
         text, answer = kind == Kind.TEXT, kind > Kind.TEXT
         # Two means, so that the few answer bytes weigh as much as all the text around them.
-        loss = (losses * text).sum() / text.sum().clamp(min=1) + (losses * answer).sum() / answer.sum().clamp(min=1)
+        loss = (losses * text).sum() / text.sum().clamp(min=1) + _answer_loss(losses, answer, stage.per_sequence)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
