@@ -183,12 +183,6 @@ PagedView Checker::page_arrays(const Tensor& k_pages, const Tensor* v_pages) con
   view.k_dim = int32_t(k_pages.size(2));
   if (view.page_size < 1) value_error("k_pages has a page size of 0");
   view.k_pages = const_cast<void*>(k_pages.data<void>());
-  auto head_size = [&](const char* argument, int64_t size) {
-    if (size < 1 || size > 256) {
-      value_error(std::string(argument) + " has head size " + std::to_string(size) + ", needs 1 to 256");
-    }
-  };
-  head_size("k_pages", view.k_dim);
   if (v_pages) {
     if (storage("v_pages", *v_pages) != view.dtype) {
       type_error("v_pages is " + dtype_name(v_pages->dtype()) + ", needs " + dtype_name(k_pages.dtype()) +
@@ -198,10 +192,20 @@ PagedView Checker::page_arrays(const Tensor& k_pages, const Tensor* v_pages) con
     contiguous("v_pages", *v_pages);
     cpu("v_pages", *v_pages);
     view.v_dim = int32_t(v_pages->size(2));
-    head_size("v_pages", view.v_dim);
     view.v_pages = const_cast<void*>(v_pages->data<void>());
   }
   return view;
+}
+
+void Checker::head_sizes(const PagedView& view) const {
+  auto check = [&](const char* argument, int64_t size) {
+    if (size < 1 || size > kMaxHeadSize) {
+      value_error(std::string(argument) + " has head size " + std::to_string(size) + ", needs 1 to " +
+                  std::to_string(kMaxHeadSize));
+    }
+  };
+  check("k_pages", view.k_dim);
+  if (view.v_pages) check("v_pages", view.v_dim);
 }
 
 PagedView Checker::pages(const Tensor& k_pages, const Tensor* v_pages, const Tensor& table,

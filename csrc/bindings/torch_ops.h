@@ -61,6 +61,9 @@ class Checker {
 
   // The page arrays; v_pages is null for ops that read keys only.
   PagedView page_arrays(const Tensor& k_pages, const Tensor* v_pages) const;
+  // What the attention kernels can read. Storing has no limit: MLA caches latents wider than any head.
+  static constexpr int64_t kMaxHeadSize = 256;
+  void head_sizes(const PagedView& view) const;
   // ... and the table that names the pages.
   PagedView pages(const Tensor& k_pages, const Tensor* v_pages, const Tensor& table,
                   const char* table_name = "table") const;

@@ -140,6 +140,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pag
   AttentionChecker check("decode_attention", p);
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, table);
+  check.head_sizes(view);
   check.entries(view, counts, positions);
   check.query(q, false);
   check.window(window_start, false);
@@ -189,6 +190,7 @@ std::tuple<Tensor, Tensor> prefill_attention(const Tensor& q, const Tensor& k_pa
   AttentionChecker check("prefill_attention", p);
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, table);
+  check.head_sizes(view);
   check.entries(view, counts, positions);
   check.query(q, true);
   check.positions(q_positions);
@@ -221,6 +223,7 @@ Tensor column_sums(const Tensor& q, const Tensor& k_pages, const Tensor& table, 
   AttentionChecker check("column_sums", p);
   PagedView& view = p.view;
   view = check.pages(k_pages, nullptr, table);
+  check.head_sizes(view);
   check.entries(view, counts, positions);
   check.query(q, true);
   check.positions(q_positions);
@@ -262,6 +265,7 @@ Tensor selection_scores(const Tensor& q, const Tensor& k_pages, const Tensor& ta
   cpu::AttentionParams attention{};
   AttentionChecker check("selection_scores", attention);
   attention.view = check.pages(k_pages, nullptr, table);
+  check.head_sizes(attention.view);
   check.entries(attention.view, counts, positions);
   check.query(q, false);
   cpu::SelectionParams p{};

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,10 +78,18 @@ class PagedLayer(CacheLayerMixin):
 
     def __init__(self, cache: KVCache, index: int, window: int | None) -> None:
         super().__init__()
-        self.cache, self.index = cache, index
+        # Weak: a cycle would keep the pages of a dropped cache until some garbage collection.
+        self._cache = weakref.ref(cache)
+        self.index = index
         self.is_sliding = window is not None
         if window is not None:
             self.sliding_window = window
+
+    @property
+    def cache(self) -> KVCache:
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     @property
     def record_past(self) -> bool:

@@ -7,6 +7,7 @@ the layout of pages.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -127,7 +128,9 @@ class Layer:
     """One layer of a cache: its entries and what its policy remembers."""
 
     def __init__(self, engine: Engine, index: int, window: int | None) -> None:
-        self.engine, self.index, self.window = engine, index, window
+        # Weak: a cycle would keep the pages of a dropped cache until some garbage collection.
+        self._engine = weakref.ref(engine)
+        self.index, self.window = index, window
         self.store: LayerStore | None = None
         self.group = 1
         self.state: dict[str, Any] = {}
@@ -138,6 +141,12 @@ class Layer:
         self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]] = []
         self.was_empty = True
         self.new: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        engine = self._engine()
+        assert engine is not None
+        return engine
 
     def view(self) -> LayerView:
         return LayerView(self)
@@ -186,6 +195,16 @@ class LayerView:
         """Dense copy of the values by slot, [rows, heads, max count, Dv]; dead slots are 0."""
         return self._store.gather("values")
 
+    def entries_before(self, end: Tensor) -> Tensor:
+        """How many entries lie at positions below ``end`` [rows] int32, where nothing was evicted; [rows] int32."""
+        s = self._store
+        counts = s.counts[:, 0]
+        if not self._layer.engine.policy.schedules:
+            return torch.minimum(counts, end)
+        # Tokens that skipped the layer left no entry: positions have holes.
+        live = torch.arange(s.capacity) < counts[:, None]
+        return (live & (s.positions[:, 0] < end[:, None])).sum(1, dtype=torch.int32)
+
     def count(self, event: str, times: int = 1) -> None:
         """Add to an event counter that ``cache.report()`` shows."""
         self._layer.counters[event] += times
@@ -200,7 +219,7 @@ class LayerView:
     def top(self, scores: Tensor, k: Tensor, first: Tensor, last: Tensor, end: Tensor, width: int) -> Selection:
         """The ``k`` best of the entries at positions [first, last), all before ``first`` and all in [last, end)."""
         s = self._store
-        counts = torch.minimum(s.counts[:, :1], end[:, None]).contiguous()
+        counts = self.entries_before(end)[:, None].contiguous()
         return Selection(*ops.topk(scores, counts, s.positions[:, :1].contiguous(), k, first, last, width))
 
 
@@ -508,8 +527,8 @@ class Engine:
                 selection = self.policy.select(layer.view(), rotation.rotate(part, place), voting)
             end = limit.amax(1) + 1
             if selection is None:
-                counts = end[:, None]
-                index = torch.arange(int(end.max()), dtype=torch.int32).expand(rows, 1, -1)
+                counts = layer.view().entries_before(end)[:, None]
+                index = torch.arange(int(counts.max()), dtype=torch.int32).expand(rows, 1, -1)
             else:
                 counts = selection.counts
                 index = selection.index[..., : int(counts.max())]

@@ -188,6 +188,7 @@ class TokenSelectOracle(Oracle):
         self.k, self.sinks, self.local, self.reuse = k, sinks, local, reuse
         self.chunk, self.prompt, self.vote, self.active = min(chunk, local), prompt, vote, active
         self.read: dict[int, dict[int, list[int]]] = {}  # layer -> first query of the step -> positions read
+        self.gap = math.inf  # smallest relative distance between the last chosen and the first left out
 
     def steps(self, tokens: int) -> list[range]:
         chunks = [range(a, min(a + self.chunk, self.prompt)) for a in range(0, self.prompt, self.chunk)]
@@ -209,7 +210,11 @@ class TokenSelectOracle(Oracle):
         for h in range(query.shape[0]):
             raw = k[h // group, self.sinks : self.sinks + len(candidates)] @ query[h]
             score += raw.softmax(0) if self.vote == "soft" else raw
-        best = sorted(range(len(candidates)), key=lambda i: (-float(score[i]), i))[: self.k]
+        order = sorted(range(len(candidates)), key=lambda i: (-float(score[i]), i))
+        best = order[: self.k]
+        if len(order) > self.k:
+            last, out = float(score[order[self.k - 1]]), float(score[order[self.k]])
+            self.gap = min(self.gap, (last - out) / abs(last))
         chosen = {self.sinks + i for i in best}
         read = sorted({*range(self.sinks), *chosen, *range(max(end - self.local, 0), end)})
         memory.update(query=query, list=read, end=end)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kvcache import H2O, Full, Policy, RandomEviction, SkipDecode, StreamingLLM, TokenSelect
 
-LAYERS = 4
+LAYERS = 5
 SELECT = {"k": 8, "sinks": 2, "local": 6, "reuse": 0.4, "chunk": 5}
-SKIP = {"min_layers": 1, "max_layers": 3, "horizon": 60}
+SKIP = {"min_layers": 2, "max_layers": 4, "horizon": 70}
 
 POLICIES: dict[str, Policy] = {
     "full": Full(),
@@ -28,7 +28,7 @@ POLICIES: dict[str, Policy] = {
     "skipdecode": SkipDecode(**SKIP),
     "skipdecode-n_max": SkipDecode(**SKIP, prompt="n_max"),
     "skipdecode-schedule": SkipDecode(**SKIP, prompt="schedule", warmup=0),
-    "h2o|skipdecode": H2O(6, 5) | SkipDecode(**SKIP, prompt="schedule"),
+    "h2o|skipdecode": H2O(6, 5) | SkipDecode(**SKIP),
     "skipdecode|tokenselect": SkipDecode(**SKIP) | TokenSelect(**SELECT),
     "skipdecode|compact": SkipDecode(**SKIP, prompt="n_max") | TokenSelect(**SELECT, positions="compact"),
 }
@@ -42,7 +42,7 @@ GENEROUS: dict[str, Policy] = {
     "random": RandomEviction(200),
     "tokenselect": TokenSelect(k=100, chunk=7),
     "tokenselect-compact": TokenSelect(k=100, chunk=7, positions="compact"),
-    "tokenselect-all-candidates": TokenSelect(k=60, sinks=1, local=4),
+    "tokenselect-just-enough": TokenSelect(k=61, sinks=1, local=4),
     "skipdecode": SkipDecode(LAYERS, LAYERS, prompt="schedule"),
     "h2o|skipdecode": H2O(100, 100) | SkipDecode(LAYERS, LAYERS, prompt="n_max"),
     "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),

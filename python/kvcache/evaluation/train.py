@@ -113,7 +113,7 @@ STAGES: tuple[Stage, ...] = (
         per_sequence=True,
     ),
     Stage(
-        "f-2048", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.5), Shape(512, 8, 0.15), Shape(256, 8, 0.1)), 1600,
+        "f-2048", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.5), Shape(512, 8, 0.15), Shape(256, 8, 0.1)), 2000,
         _mix(0.3, 0.5, 2.5, 0.6, 0.5, 0.7), 0.005, dict.fromkeys(_ALL, 0.95), decay=0.7, floor=0.01, max_rounds=2,
         per_sequence=True,
     ),

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+MAX_HEAD_SIZE = 256
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 Dims = list[tuple[str, int | None]]
 
@@ -82,7 +83,6 @@ class _View(_Checker):
         self.pages, self.page_size, self.k_dim = k_pages.shape
         if self.page_size < 1:
             raise self.value_error("k_pages has a page size of 0")
-        self._head_size("k_pages", self.k_dim)
         if v_pages is not None:
             self.dtype("v_pages", v_pages, *STORAGE)
             if v_pages.dtype != k_pages.dtype:
@@ -92,11 +92,12 @@ class _View(_Checker):
             self.contiguous("v_pages", v_pages)
             self.place("v_pages", v_pages)
             self.v_dim = v_pages.shape[2]
-            self._head_size("v_pages", self.v_dim)
 
-    def _head_size(self, name: str, size: int) -> None:
-        if not 1 <= size <= 256:
-            raise self.value_error(f"{name} has head size {size}, needs 1 to 256")
+    def head_sizes(self, k_pages: Tensor, v_pages: Tensor | None) -> None:
+        """What the attention kernels can read. Storing has no limit: MLA caches latents wider than any head."""
+        for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+            if pages is not None and not 1 <= pages.shape[2] <= MAX_HEAD_SIZE:
+                raise self.value_error(f"{name} has head size {pages.shape[2]}, needs 1 to {MAX_HEAD_SIZE}")
 
     def view(self, k_pages: Tensor, v_pages: Tensor | None, table: Tensor, name: str = "table") -> None:
         self.page_arrays(k_pages, v_pages)
@@ -343,6 +344,7 @@ def prefill_attention(
 ) -> None:
     check = _View("prefill_attention")
     check.view(k_pages, v_pages, table)
+    check.head_sizes(k_pages, v_pages)
     check.entries(counts, positions)
     check.query(q, tokens=True)
     check.attention(q_positions, window_start, sinks, bias, mask, softcap)
@@ -370,6 +372,7 @@ def decode_attention(
 ) -> None:
     check = _View("decode_attention")
     check.view(k_pages, v_pages, table)
+    check.head_sizes(k_pages, v_pages)
     check.entries(counts, positions)
     check.query(q, tokens=False)
     check.attention(None, window_start, sinks, bias, None, softcap)
@@ -397,6 +400,7 @@ def column_sums(
 ) -> None:
     check = _View("column_sums")
     check.view(k_pages, None, table)
+    check.head_sizes(k_pages, None)
     check.entries(counts, positions)
     check.query(q, tokens=True)
     check.attention(q_positions, window_start, None, bias, mask, softcap)
@@ -420,6 +424,7 @@ def selection_scores(
 ) -> None:
     check = _View("selection_scores")
     check.view(k_pages, None, table)
+    check.head_sizes(k_pages, None)
     check.entries(counts, positions)
     check.query(q, tokens=False)
     check.plain("first", first, torch.int32, check.per_row)

@@ -70,46 +70,55 @@ class TokenSelect(Policy):
 
     def select(self, layer: LayerView, queries: Tensor, positions: Tensor) -> Selection | None:
         end = positions.amax(1) + 1
-        if int(end.max()) <= self.sinks + self.k + self.local:
+        asks = end > 0  # the other rows bring nothing but padding here: they change nothing and read what they have
+        held = layer.entries_before(torch.where(asks, end, torch.iinfo(torch.int32).max))
+        # A row with no more than this reads all of it, also beside longer rows, and selects later.
+        small = ~asks | (held <= self.sinks + self.k + self.local)
+        state = layer.state
+        if "made" not in state and bool(small.all()):
             return None
         real = (positions >= 0).to(queries.dtype)[:, None, :, None]
         query = (queries * real).sum(2) / real.sum(2).clamp(min=1)
-        cached = layer.state.get("query")
-        if cached is None:
-            return self._select(layer, query, end, torch.ones_like(end, dtype=torch.bool))
-        similarity = torch.cosine_similarity(query.flatten(1).float(), cached.flatten(1).float(), dim=1)
-        # A row without queries here (its prompt was shorter) keeps what it has.
-        stale = (similarity < self.reuse) & (end > 0)
+        if "made" not in state:
+            rows = len(end)
+            index = torch.full((rows, 1, self.sinks + self.k + self.local), -1, dtype=torch.int32)
+            nothing = torch.zeros(rows, dtype=torch.int32)
+            state.update(
+                made=nothing.bool(), query=torch.zeros_like(query), index=index, counts=nothing[:, None], until=nothing
+            )
+        similarity = torch.cosine_similarity(query.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
+        stale = ~small & (~state["made"] | (similarity < self.reuse))
         layer.count("selections", int(stale.sum()))
-        layer.count("reuses", int((~stale).sum()))
-        return self._select(layer, query, end, stale) if bool(stale.any()) else self._extend(layer, end)
+        layer.count("reuses", int((~small & ~stale).sum()))
+        kept = self._extend(layer, torch.where(asks | ~state["made"], held, state["until"]))
+        if not bool(stale.any()):
+            return kept
+        return self._select(layer, query, end, held, stale, kept)
 
-    def _select(self, layer: LayerView, query: Tensor, end: Tensor, stale: Tensor) -> Selection:
-        """Select anew for the ``stale`` rows, extend the selection of the others."""
-        state, rows = layer.state, len(end)
+    def _select(
+        self, layer: LayerView, query: Tensor, end: Tensor, held: Tensor, stale: Tensor, kept: Selection
+    ) -> Selection:
+        """Select anew for the ``stale`` rows; the others keep ``kept``."""
+        state = layer.state
         first = torch.full_like(end, self.sinks)
         local = (end - self.local).clamp(min=self.sinks)
         scores = layer.vote(query, first, local, soft=self.vote == "soft")
-        k = torch.full((rows, 1), self.k, dtype=torch.int32)
+        k = torch.full((len(end), 1), self.k, dtype=torch.int32)
         fresh = layer.top(scores, k, first, local, end, width=self.sinks + self.k + self.local)
-        if "query" not in state:
-            state.update(query=query, index=fresh.index, counts=fresh.counts, until=end)
-            layer.count("selections", rows)
-            return fresh
-        kept = self._extend(layer, end)
         width = max(kept.index.shape[2], fresh.index.shape[2])
         index = torch.where(stale[:, None, None], _widen(fresh.index, width), _widen(kept.index, width))
         counts = torch.where(stale[:, None], fresh.counts, kept.counts)
         state.update(
+            made=state["made"] | stale,
             query=torch.where(stale[:, None, None], query, state["query"]),
             index=index,
             counts=counts,
-            until=torch.where(stale, end, state["until"]),
+            until=torch.where(stale, held, state["until"]),
         )
         return Selection(index, counts)
 
     def _extend(self, layer: LayerView, end: Tensor) -> Selection:
-        """The cached selection and every token that came since."""
+        """The list of each row and every entry that came since, up to slot ``end`` [rows]."""
         state = layer.state
         index, counts, until = state["index"], state["counts"], state["until"]
         fresh = int((end - until).max())

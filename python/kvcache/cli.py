@@ -1,0 +1,183 @@
+"""The command ``kvcache``: demo, eval, bench and doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+__all__ = ["main"]
+
+_DEMO = """\
+Run the small language model that comes with kvcache under five cache policies, side by side: full cache, StreamingLLM,
+H2O, TokenSelect and SkipDecode, on two retrieval tasks and on running text. Prints one question with every policy's
+answer and a table (answers right, bits per byte, bytes of cache held, decode time against transformers' DynamicCache),
+and writes report.json and demo.png. Everything is measured in the run; nothing is downloaded; about a minute."""
+
+_EVAL = """\
+Quality of every policy at budgets of 1/2, 1/4, 1/8 and 1/16 of the context, against the full cache, a window without
+sinks and random eviction. Prints a table and writes report.json and plots. Nothing is downloaded."""
+
+_BENCH = """\
+Decode time of generate() on a wrapped 8-layer Llama with random weights (hidden 512, 8/2 heads, fp32) behind a long
+context, against transformers' DynamicCache and StaticCache, next to the limit that this machine's memory sets.
+Contenders run interleaved in one process on one thread; medians. Writes report.json."""
+
+_DOCTOR = """\
+Show versions, the backend and instruction set in use, what is known of CUDA, and check that every native op is
+registered and agrees with its plain-torch reference. Exit code 1 if something is wrong."""
+
+
+def _share(text: str) -> float:
+    """A budget as a share of the context: ``1/8`` or ``0.125``."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of the context; write 1/8 or 0.125") from None
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a share of the context is in (0, 1], got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    """An int of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="kvcache", description="A paged, policy-driven KV cache for Hugging Face models."
+    )
+    parser.add_argument("--version", action="version", version=f"kvcache {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | eval | bench | doctor")
+
+    def add(name: str, short: str, long: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=short, description=long, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def shared(command: argparse.ArgumentParser, name: str) -> None:
+        command.add_argument(
+            "--out", type=Path, default=Path(f"kvcache-{name}"), metavar="FOLDER", help="where to write (%(default)s)"
+        )
+        command.add_argument(
+            "--threads", type=_positive, default=1, metavar="N", help="CPU threads (%(default)s: best for small models)"
+        )
+        command.add_argument("--seed", type=int, default=0, help="another seed draws other samples (%(default)s)")
+
+    demo = add("demo", "a real model under five cache policies, side by side", _DEMO)
+    shared(demo, "demo")
+    demo.add_argument("--length", type=_positive, default=1024, help="tokens of context (%(default)s)")
+    demo.add_argument("--samples", type=_positive, default=48, help="questions per task (%(default)s)")
+    demo.add_argument("--windows", type=_positive, default=16, help="windows of text (%(default)s)")
+    demo.add_argument("--budget", type=_share, default=1 / 8, metavar="SHARE", help="share of the context kept (1/8)")
+    demo.add_argument("--model", metavar="FOLDER", help="another byte-level model, made by kvcache.evaluation.train")
+
+    evaluate = add("eval", "quality of every policy at four budgets", _EVAL)
+    shared(evaluate, "eval")
+    evaluate.add_argument("--quick", action="store_true", help="two budgets, a third of the samples")
+    evaluate.add_argument("--length", type=_positive, default=1024, help="tokens of context (%(default)s)")
+    evaluate.add_argument("--samples", type=_positive, help="questions per task (96; 32 with --quick)")
+    evaluate.add_argument("--windows", type=_positive, help="windows of text (64; 16 with --quick)")
+    evaluate.add_argument("--protocol", choices=("agnostic", "aware"), default="agnostic",
+                          help="compress before the question is seen, or with it (%(default)s)")  # fmt: skip
+    evaluate.add_argument("--model", metavar="FOLDER", help="another byte-level model, made by kvcache.evaluation.train")
+    evaluate.add_argument("--policy", action="append", metavar="TEXT",
+                          help="evaluate this policy text next to the others; may be given several times")  # fmt: skip
+
+    bench = add("bench", "decode time of generate() against transformers' caches", _BENCH)
+    shared(bench, "bench")
+    bench.add_argument("--context", type=_positive, nargs="+", default=[2048, 8192], metavar="TOKENS",
+                       help="context lengths (2048 8192)")  # fmt: skip
+    bench.add_argument("--rounds", type=_positive, default=7, help="rounds, each with all contenders (%(default)s)")
+    bench.add_argument("--tokens", type=_positive, default=16, help="tokens per contender and round (%(default)s)")
+    bench.add_argument("--policy", action="append", metavar="TEXT",
+                       help="time this policy text instead of the default ones; may be given several times")  # fmt: skip
+
+    add("doctor", "check this installation", _DOCTOR)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    if options.command == "doctor":
+        from .evaluation.doctor import run as doctor
+
+        return doctor()
+
+    from .evaluation.console import MissingExtras, require_extras
+
+    try:
+        require_extras()
+        import torch
+
+        torch.set_num_threads(options.threads)
+        _COMMANDS[options.command](options)
+    except (MissingExtras, ValueError, FileNotFoundError) as error:
+        print(f"kvcache {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _demo(o: argparse.Namespace) -> None:
+    from .evaluation.demo import run
+
+    run(
+        o.out,
+        length=o.length,
+        samples=o.samples,
+        windows=o.windows,
+        share=o.budget,
+        seed=o.seed,
+        folder=o.model,
+    )
+
+
+def _eval(o: argparse.Namespace) -> None:
+    from .evaluation.table import run
+
+    run(
+        o.out,
+        quick=o.quick,
+        length=o.length,
+        samples=o.samples,
+        windows=o.windows,
+        protocol=o.protocol,
+        seed=o.seed,
+        folder=o.model,
+        policies=tuple(o.policy or ()),
+    )
+
+
+def _bench(o: argparse.Namespace) -> None:
+    from .evaluation.generate_bench import run
+
+    run(
+        o.out,
+        contexts=o.context,
+        rounds=o.rounds,
+        tokens=o.tokens,
+        threads=o.threads,
+        policies=tuple(o.policy or ()),
+        seed=o.seed,
+    )
+
+
+_COMMANDS = {"demo": _demo, "eval": _eval, "bench": _bench}
+
+if __name__ == "__main__":
+    sys.exit(main())
