@@ -2,6 +2,7 @@
 #
 #   PYTHON   interpreter for .venv (default python3)
 #   TORCH    requirement that is installed first (default torch==2.13.0); without it pip would take the newest
+#   TRANSFORMERS  requirement (default: the newest); the oldest supported one is transformers==5.17.0
 #   ARGS     more arguments for pytest
 #
 # A machine that already has torch, pybind11, scikit-build-core and pytest (perhaps without a network) is used as it is:
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+TRANSFORMERS ?= transformers>=5.17
 ARGS   ?=
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check install -q
@@ -43,6 +45,7 @@ $(VENV)/ready: Makefile
 	$(PYTHON) -c "import venv, ensurepip" 2> /dev/null || { echo "$(NO_VENV)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
+	$(PIP) "$(TRANSFORMERS)"
 	$(PIP) "scikit-build-core>=0.11" "pybind11>=3.0" cmake ninja
 	touch $@
 # Not isolated, so that the build folder can be kept and only what changed is compiled again.

@@ -92,7 +92,6 @@ inline void adjust_logits(const AttentionParams& p, int64_t row, int64_t head, i
     if (p.softcap > 0) {
       const float to_cap = 1.0f / p.softcap, from_cap = p.softcap * kLog2E;  // pack_queries left natural logits
       for (int i = 0; i < tile.n; i += kLanes) store(line + i, tanh(load(line + i) * to_cap) * from_cap);
-      for (int i = tile.n; i < kTile; ++i) line[i] = -kInfinity;
     }
     if (p.bias) {
       const int64_t bias_head = shared_head(p.bias_heads, p, head, head * group + g);
@@ -104,14 +103,15 @@ inline void adjust_logits(const AttentionParams& p, int64_t row, int64_t head, i
       }
     }
   }
+  hide_tail(tile, group, logits);
 }
 
 // Turns a tile's logits into weights relative to the running peak, and everything summed so far with it.
-inline void update_softmax(int group, int stride, float* logits, DecodeState& state) {
+inline void update_softmax(const Tile& tile, int group, int stride, float* logits, DecodeState& state) {
   for (int g = 0; g < group; ++g) {
     float* line = logits + g * kTile;
     Vec top = load(line);
-    for (int i = kLanes; i < kTile; i += kLanes) top = max(top, load(line + i));
+    for (int i = kLanes; i < tile.n; i += kLanes) top = max(top, load(line + i));
     const float old = state.peak[g], found = reduce_max(top), peak = found > old ? found : old;
     Vec mass = load(state.mass + g * kLanes);
     if (found > old) {
@@ -121,7 +121,7 @@ inline void update_softmax(int group, int stride, float* logits, DecodeState& st
       state.peak[g] = peak;
     }
     const Vec level = splat(peak == -kInfinity ? 0.0f : peak);
-    for (int i = 0; i < kTile; i += kLanes) {
+    for (int i = 0; i < tile.n; i += kLanes) {
       const Vec weight = exp2(load(line + i) - level);
       mass += weight;
       store(line + i, weight);
@@ -169,7 +169,7 @@ inline void decode_part(const AttentionParams& p, int64_t row, int64_t head, Wal
           for (int i = 0; i < tile.n; ++i) kept[tile.candidate[i]] = logits[g * kTile + i];
       }
     }
-    update_softmax(group, stride, logits, state);
+    update_softmax(tile, group, stride, logits, state);
     more = next_tile(walk, tiles[now ^ 1]);
     const Tile& following = tiles[now ^ 1];
     add_tile<T>(tile, Ahead{following.k, more ? k_bytes : 0, value_passes(group, dim)}, logits, group, dim, state.sums);
@@ -197,7 +197,7 @@ inline void decode_items(const AttentionParams& p, int64_t begin, int64_t end) {
     Walk walk = head_walk(p, line);
     if (p.window_start) walk.window_start = p.window_start[row];
     if (p.splits > 1) {
-      const int64_t share = round_up((walk.end + p.splits - 1) / p.splits, kTile), last = walk.end;
+      const int64_t share = round_up((walk.end + p.splits - 1) / p.splits, 16), last = walk.end;
       walk.next = split * share < last ? split * share : last;
       walk.end = walk.next + share < last ? walk.next + share : last;
     }

@@ -55,8 +55,14 @@ def check_options(page_size: object, kv_dtype: object, max_tokens: object) -> to
 def layer_windows(model: PreTrainedModel) -> list[int | None]:
     """Sliding window (None: full attention) of every cache layer; ValueError names a layer that cannot be paged."""
     config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    if len(layers) != config.num_hidden_layers:  # how transformers 5.17 shows shared keys and values
+        raise ValueError(
+            f"{type(model).__name__}: {config.num_hidden_layers - len(layers)} of {config.num_hidden_layers} layers "
+            "share the keys and values of others, which kvcache does not support yet"
+        )
     windows: list[int | None] = []
-    for i, layer in enumerate(DynamicCache(config=config).layers):
+    for i, layer in enumerate(layers):
         if type(layer) is DynamicSlidingWindowLayer:
             windows.append(int(layer.sliding_window))
         elif type(layer) is DynamicLayer:

@@ -476,10 +476,8 @@ class Engine:
         chunk = self.policy.prefill_chunk or q.shape[2]
         parts = []
         for a in range(0, q.shape[2], chunk):
-            own, limit = positions[:, a : a + chunk], reach[:, a : a + chunk].contiguous()
-            # A chunk of nothing but padding after the prompt votes for what its continuation will read.
-            voting = torch.where((own >= 0).any(1, keepdim=True), own, limit)
-            parts.append((q[:, :, a : a + chunk], voting.contiguous(), limit))
+            piece = slice(a, a + chunk)
+            parts.append((q[:, :, piece], positions[:, piece].contiguous(), reach[:, piece].contiguous()))
         return parts, order
 
     @staticmethod

@@ -107,7 +107,10 @@ def build(name: str = "qwen3", seed: int = 0, **changes: Any) -> PreTrainedModel
     """A random model in float32, made lively; ``changes`` go into its configuration."""
     cls, values = ARCHITECTURES[name]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(cls(**{**values, **changes})).float().eval()
+    config = cls(**{**values, **changes})
+    # sdpa of transformers 5.17 leaves the softcap out; eager attention is the truth in all versions.
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else "sdpa").float().eval()
     enliven(model, seed)
     return model
 

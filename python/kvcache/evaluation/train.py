@@ -109,12 +109,12 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "e-1024", (Shape(1024, 4, 0.7), Shape(512, 8, 0.15), Shape(256, 8, 0.15)), 600,
-        _mix(0.4, 0.6, 1.5, 0.8, 0.6, 1), 0.005, {**_ALL, "frequent_words": 0.95}, decay=0.3, floor=0.3, max_rounds=4,
-        per_sequence=True,
+        _mix(0.4, 0.6, 1.5, 0.8, 0.6, 1), 0.005, {**_ALL, "two_hop": 0.9, "frequent_words": 0.95}, decay=0.3, floor=0.3,
+        max_rounds=4, per_sequence=True,
     ),
     Stage(
-        "f-2048", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.5), Shape(512, 8, 0.15), Shape(256, 8, 0.1)), 2000,
-        _mix(0.3, 0.5, 2.5, 0.6, 0.5, 0.7), 0.005, dict.fromkeys(_ALL, 0.95), decay=0.7, floor=0.01, max_rounds=2,
+        "f-2048", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.5), Shape(512, 8, 0.15), Shape(256, 8, 0.1)), 1700,
+        _mix(0.3, 0.5, 2.5, 0.6, 0.9, 0.6), 0.005, dict.fromkeys(_ALL, 0.95), decay=0.7, floor=0.01, max_rounds=2,
         per_sequence=True,
     ),
 )  # fmt: skip
@@ -194,6 +194,7 @@ def export(model: Qwen3ForCausalLM, out: Path) -> None:
     copy.save_pretrained(staging)
     build_tokenizer().save_pretrained(staging)
     for path in sorted(staging.iterdir()):
+        path.chmod(0o644)  # safetensors files are born private
         path.replace(out / path.name)
     staging.rmdir()
 

@@ -1,0 +1,127 @@
+"""The text form of policies: every policy and composition survives ``parse_policy(str(policy))``; typos are named."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvcache
+from kvcache import H2O, Full, RandomEviction, SkipDecode, StreamingLLM, TokenSelect, parse_policy
+
+counts = st.integers(1, 10**6)
+shares = st.floats(0, 1, exclude_min=True)
+sizes = st.builds(lambda n, unit: f"{n}{unit}", st.integers(1, 4096), st.sampled_from(["B", "KB", "KiB", "MiB", "GB"]))
+budgets = counts | shares | sizes
+
+retention = st.one_of(
+    st.builds(StreamingLLM, sinks=st.integers(0, 99), window=budgets),
+    st.builds(H2O, heavy=budgets, recent=budgets | st.just(0), group=st.sampled_from(["mean", "max"])),
+    st.builds(RandomEviction, keep=budgets, sinks=st.integers(0, 9), recent=budgets, seed=st.integers(0, 2**31)),
+)
+selection = st.builds(
+    TokenSelect,
+    k=counts,
+    sinks=st.integers(0, 99),
+    local=counts,
+    reuse=st.floats(-1, 2) | st.integers(-1, 2),
+    positions=st.sampled_from(["original", "compact"]),
+    chunk=counts,
+    vote=st.sampled_from(["soft", "raw"]),
+)
+
+
+@st.composite
+def skipdecode(draw):
+    low = draw(st.integers(1, 40))
+    high = draw(st.integers(low, 80))
+    return SkipDecode(
+        low,
+        high,
+        horizon=draw(counts),
+        warmup=draw(st.integers(0, low)),
+        prompt=draw(st.sampled_from(["full", "n_max", "schedule"])),
+    )
+
+
+@st.composite
+def policies(draw):
+    parts = [draw(st.one_of(retention, selection, st.just(Full())))]
+    if draw(st.booleans()):
+        parts.insert(draw(st.integers(0, 1)), draw(skipdecode()))
+    out = parts[0]
+    for part in parts[1:]:
+        out = out | part
+    return out
+
+
+@given(policies())
+def test_round_trip(policy):
+    text = str(policy)
+    again = parse_policy(text)
+    assert again == policy
+    assert hash(again) == hash(policy)
+    assert str(again) == text
+    assert type(again) is type(policy)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("full", Full()),
+        (" Full( ) ", Full()),
+        ("h2o", H2O()),
+        ("H2O(recent=3)", H2O(0.1, 3)),
+        ("h2o(heavy='512MiB', recent=0)", H2O("512MiB", 0)),
+        ("streamingllm(sinks=4, window=1020)", StreamingLLM()),
+        ("tokenselect(k=2048, sinks=128, local=512, reuse=0.9)", TokenSelect()),
+        ("tokenselect(reuse=-1)", TokenSelect(reuse=-1)),
+        ("skipdecode(min_layers=11, max_layers=22, horizon=1024, warmup=1)", SkipDecode()),
+        ("h2o|skipdecode", H2O() | SkipDecode()),
+        ("full | h2o | full", H2O()),
+    ],
+)
+def test_known_texts(text, policy):
+    assert parse_policy(text) == policy
+
+
+def test_defaults_are_the_papers():
+    assert str(H2O()) == "h2o(heavy=0.1, recent=0.1)"
+    assert str(StreamingLLM()) == "streamingllm(sinks=4, window=1020)"
+    assert str(TokenSelect()) == "tokenselect(k=2048, sinks=128, local=512, reuse=0.9)"
+    assert TokenSelect().chunk == 512
+    assert str(SkipDecode()) == "skipdecode(min_layers=11, max_layers=22, horizon=1024, warmup=1)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h20(heavy=4)", "unknown policy 'h20'.*did you mean 'h2o'"),
+        ("streamllm", "unknown policy 'streamllm'.*'streamingllm'"),
+        ("nonsense", "unknown policy 'nonsense'.*known: full, h2o"),
+        ("h2o(heavi=4)", "h2o has no argument 'heavi'.*did you mean 'heavy'"),
+        ("h2o(4)", "arguments of h2o must be given by name"),
+        ("h2o(**{'heavy': 4})", "h2o has no argument"),
+        ("h2o(heavy=four)", "heavy must be a number or text"),
+        ("h2o(heavy=__import__('os'))", "heavy must be a number or text"),
+        ("h2o(heavy=2+2)", "heavy must be a number or text"),
+        ("h2o(heavy=4", "cannot be read"),
+        ("", "cannot be read"),
+        ("h2o & full", "cannot be read"),
+        ("kvcache.H2O()", "cannot be read"),
+        ("h2o | ", "cannot be read"),
+        ("h2o | streamingllm", "cannot combine.*retention"),
+        ("tokenselect | tokenselect", "cannot combine.*selection"),
+        ("h2o | tokenselect", "cannot combine.*evicts"),
+        ("skipdecode | skipdecode", "cannot combine.*layer schedule"),
+    ],
+)
+def test_bad_texts_name_what_is_wrong(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_policy(text)
+
+
+def test_a_policy_is_text_or_a_policy():
+    with pytest.raises(TypeError, match="policy must be text, got 3"):
+        parse_policy(3)
+    with pytest.raises(TypeError, match="combined with"):
+        H2O() | "full"
+    assert kvcache.parse_policy is parse_policy
