@@ -91,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--windows", type=_positive, help="windows of text (64; 16 with --quick)")
     evaluate.add_argument("--protocol", choices=("agnostic", "aware"), default="agnostic",
                           help="compress before the question is seen, or with it (%(default)s)")  # fmt: skip
-    evaluate.add_argument("--model", metavar="FOLDER", help="another byte-level model, made by kvcache.evaluation.train")
+    evaluate.add_argument(
+        "--model", metavar="FOLDER", help="another byte-level model, made by kvcache.evaluation.train"
+    )
     evaluate.add_argument("--policy", action="append", metavar="TEXT",
-                          help="evaluate this policy text next to the others; may be given several times")  # fmt: skip
+                          help="evaluate this policy text next to the others; may be repeated")  # fmt: skip
 
     bench = add("bench", "decode time of generate() against transformers' caches", _BENCH)
     shared(bench, "bench")
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=_positive, default=7, help="rounds, each with all contenders (%(default)s)")
     bench.add_argument("--tokens", type=_positive, default=16, help="tokens per contender and round (%(default)s)")
     bench.add_argument("--policy", action="append", metavar="TEXT",
-                       help="time this policy text instead of the default ones; may be given several times")  # fmt: skip
+                       help="time this policy text instead of the default ones; may be repeated")  # fmt: skip
 
     add("doctor", "check this installation", _DOCTOR)
     return parser

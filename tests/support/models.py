@@ -110,7 +110,8 @@ def build(name: str = "qwen3", seed: int = 0, **changes: Any) -> PreTrainedModel
     config = cls(**{**values, **changes})
     # sdpa of transformers 5.17 leaves the softcap out; eager attention is the truth in all versions.
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if capped else "sdpa").float().eval()
+    options = {"attn_implementation": "eager"} if capped else {}
+    model = AutoModelForCausalLM.from_config(config, **options).float().eval()
     enliven(model, seed)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,8 +28,7 @@ def require_extras() -> None:
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtras(
-            f"this command needs {' and '.join(missing)}, not installed here. To get {'it' if len(missing) == 1 else 'them'}:\n"
-            "\n    pip install kvcache[demo]\n"
+            f"this command needs {' and '.join(missing)}; install with\n\n    pip install kvcache[demo]\n"
         )
 
 
@@ -36,16 +36,24 @@ def console() -> Console:
     """Standard output; where it is no terminal, 100 columns wide and without colour."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else 100, highlight=False)
 
 
-def table(title: str | None = None) -> Table:
-    """An empty table in the house's style: no vertical lines, so that it fits 80 columns."""
+def table(title: str | None = None, *, narrow: bool = False) -> Table:
+    """An empty table in the house's style: no vertical lines; ``narrow`` leaves single spaces between columns."""
     from rich import box
     from rich.table import Table
 
     return Table(
-        title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, title_justify="left", header_style="bold"
+        title=title,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0 if narrow else 1),
+        collapse_padding=True,
+        pad_edge=False,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
     )
 
 
@@ -100,7 +108,14 @@ def ticking(out: Console, total: float) -> Iterator[Ticker]:
         yield lines
         lines.close()
         return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<34}"),

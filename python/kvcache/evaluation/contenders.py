@@ -62,9 +62,7 @@ def contender(name: str, length: int, share: float, layers: int) -> Contender:
 def contenders(names: tuple[str, ...], length: int, shares: tuple[float, ...], layers: int) -> list[Contender]:
     """Every name at every budget; those without a budget once."""
     return [
-        contender(name, length, share, layers)
-        for name in names
-        for share in ((1.0,) if name in UNBUDGETED else shares)
+        contender(name, length, share, layers) for name in names for share in ((1.0,) if name in UNBUDGETED else shares)
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from .. import __version__, _C, ops
+from .. import _C, __version__, ops
 from ..policies.base import REGISTRY
 from ..wrap import wrap
 from .rows import processor
@@ -19,6 +19,10 @@ __all__ = ["CHECKS", "facts", "run"]
 
 #: Names in ``kvcache.ops`` that are no ops.
 _NOT_OPS = ("backend", "set_backend", "use_backend")
+#: Optional arguments of decode attention, all left out.
+_NOTHING: dict[str, Any] = dict.fromkeys(
+    ("window_start", "sinks", "bias", "index", "index_counts", "statistics"),
+)
 
 
 def facts() -> Iterator[tuple[str, str]]:
@@ -34,12 +38,8 @@ def facts() -> Iterator[tuple[str, str]]:
     chosen = f" (KVCACHE_ISA={forced})" if forced else ""
     yield "instruction set", f"{_C.isa}{chosen}; this machine can run {', '.join(_C.available_isas)}"
     cuda = _C.cuda_info()
-    if cuda["compiled"]:
-        yield "CUDA", f"kernels compiled for {cuda['archs']}, runtime {cuda['runtime']}, driver {cuda['driver'] or 'none'}"
-    else:
-        yield "CUDA", f"this build has no CUDA kernels; driver {cuda['driver'] or 'none'}"
-    if cuda["error"]:
-        yield "CUDA error", cuda["error"]
+    built = f"built for {cuda['archs']}, runtime {cuda['runtime']}" if cuda["compiled"] else "not in this build"
+    yield "CUDA", f"{built}; driver {cuda['driver'] or 'none'}" + (f"; {cuda['error']}" if cuda["error"] else "")
     for i, device in enumerate(cuda["devices"]):
         major, minor = device["capability"]
         yield (
@@ -86,7 +86,8 @@ def _attention() -> str:
         outs = []
         for backend in ("native", "reference"):
             with ops.use_backend(backend):
-                outs.append(ops.decode_attention(*case.values(), *[None] * 6, 32**-0.5)[0].float())
+                out, _ = ops.decode_attention(**case, **_NOTHING, scale=32**-0.5)
+                outs.append(out.float())
         error = float((outs[0] - outs[1]).abs().max())
         if not error < (1e-4 if dtype == torch.float32 else 3e-2):
             raise RuntimeError(f"decode attention in {dtype} is off by {error:.2g}")

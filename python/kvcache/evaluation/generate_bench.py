@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def default_policies(context: int) -> list[str]:
     ]
 
 
-def read_bandwidth(size: int = 256 << 20, repeats: int = 5) -> float:
+def read_bandwidth(size: int = 256 << 20, repeats: int = 15) -> float:
     """Bytes per second that one thread reads from memory: best of ``repeats`` passes over ``size`` bytes."""
     block = torch.ones(size // 4, dtype=torch.float32)
     best = float("inf")
@@ -127,7 +128,7 @@ class _Contender:
             )
         # put() gets the prompt, then every token; the first token's step includes the set-up.
         for mine, times in ((self.wall, clock.wall[2:]), (self.cpu, clock.cpu[2:])):
-            mine.append([(b - a) * 1e3 for a, b in zip(times, times[1:])])
+            mine.append([(b - a) * 1e3 for a, b in pairwise(times)])
 
     def median(self, rounds: list[list[float]]) -> float:
         return statistics.median(t for r in rounds for t in r)
@@ -253,9 +254,7 @@ def run(
     return rows
 
 
-def _row(
-    c: _Contender, base: _Contender, context: int, model: PreTrainedModel, bandwidth: float, samples: int
-) -> Row:
+def _row(c: _Contender, base: _Contender, context: int, model: PreTrainedModel, bandwidth: float, samples: int) -> Row:
     entry, ours = _entry_bytes(model), isinstance(c.cache, KVCache)
     read = entries_read(c.cache) if ours else float(c.sequence.shape[1])
     held = c.cache.nbytes if ours else _dense_bytes(c.cache)
@@ -264,6 +263,7 @@ def _row(
     return Row(
         c.name,
         "generate",
+        backend=machine()["backend"] if ours else "transformers",
         nbytes=held,
         full_nbytes=c.sequence.shape[1] * entry,
         read=read,
@@ -277,7 +277,6 @@ def _row(
             "limit_ms": limit,
             "of_limit": limit / ms,
         },
-        **({} if ours else {"backend": "transformers"}),
     )
 
 
@@ -288,7 +287,15 @@ def _dense_bytes(cache: Any) -> int:
 def _show(screen: Console, context: int, rows: list[Row]) -> None:
     grid = table(f"Decode behind {context:,} tokens of context")
     grid.add_column("Cache")
-    for head in ("held", "ms/token", "ratio to\n" + BASELINE.split()[0], "CPU\nms/token", "CPU\nratio", "limit\nms", "% of\nlimit"):
+    for head in (
+        "held",
+        "ms/token",
+        "ratio to\n" + BASELINE.split()[0],
+        "CPU\nms/token",
+        "CPU\nratio",
+        "limit\nms",
+        "% of\nlimit",
+    ):
         grid.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         x = row.extra
@@ -307,8 +314,8 @@ def _show(screen: Console, context: int, rows: list[Row]) -> None:
     screen.print(
         "[dim]· ratio: below 1 is faster than DynamicCache + sdpa, median of paired rounds. CPU: processor time of the "
         "thread, which other work on the machine disturbs less.\n"
-        "· limit: weights and the keys and values that attention reads, at the probed bandwidth. TokenSelect also reads "
-        "keys to vote, which its limit leaves out.[/]\n"
+        "· limit: weights and the keys and values that attention reads, at the probed bandwidth. TokenSelect also "
+        "reads keys to vote, which its limit leaves out.[/]\n"
     )
 
 

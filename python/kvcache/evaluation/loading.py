@@ -31,7 +31,9 @@ def load_model(folder: str | Path | None = None, dtype: torch.dtype = torch.floa
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder or shipped_folder()), dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder or shipped_folder()), dtype=dtype, local_files_only=True
+        )
     finally:
         if bar:
             logging.enable_progress_bar()

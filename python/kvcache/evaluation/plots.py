@@ -9,7 +9,7 @@ from typing import Any
 from .contenders import label
 from .rows import Row
 
-__all__ = ["plot_demo"]
+__all__ = ["plot_budgets", "plot_demo"]
 
 # Okabe and Ito's palette: told apart by everyone; the markers differ as well.
 STYLE: dict[str, tuple[str, str]] = {
@@ -48,41 +48,113 @@ def figure(columns: int, width: float = 4.1, height: float = 3.9) -> tuple[Any, 
 
 def plot_demo(rows: Sequence[Row], path: Path) -> Path:
     """Accuracy (passkey, recall) and bits per byte (text) against the cache bytes really held, one point a policy."""
-    import matplotlib.pyplot as plt
-
     tasks = ("passkey", "recall", "text")
     fig, axes = figure(len(tasks))
     for ax, task in zip(axes[0], tasks):
-        for row in rows:
-            if row.task != task or row.nbytes is None or row.interval is None:
-                continue
-            colour, marker = STYLE[row.name]
-            y = row.accuracy * 100 if row.accuracy is not None else row.bits_per_byte
-            scale = 100 if row.accuracy is not None else 1
-            low, high = row.interval
-            bars = None if task == "text" else [[max(y - low * scale, 0)], [max(high * scale - y, 0)]]
-            ax.errorbar(
-                row.nbytes / 1024, y, yerr=bars, color=colour, marker=marker, markersize=9, capsize=3, elinewidth=1,
-                linestyle="none", label=label(row.name), alpha=0.9,
-            )  # fmt: skip
+        points = [r for r in rows if r.task == task]
+        for row, x in zip(points, _spread([(r.nbytes or 0) / 2**20 for r in points])):
+            _point(ax, row, x)
         ax.set_title(TITLES[task])
-        ax.set_xlabel("cache held per sequence, KiB")
+        ax.set_xlabel("cache held per sequence, MiB")
         ax.set_xlim(left=0)
-        ax.margins(x=0.12, y=0.12)
+        ax.margins(x=0.12, y=0.15)
         if task == "text":
             ax.set_ylabel("bits per byte (lower is better)")
+            _leave_out_far(ax, points)
         else:
-            ax.set_ylabel("answers right, %  (95 % interval)")
+            ax.set_ylabel("answers right, % (with 95 % interval)")
             ax.set_ylim(-4, 104)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="lower center", ncol=len(labels), frameon=False)
     first = rows[0]
-    fig.suptitle(
-        f"Quality against cache bytes, context {first.length:,} tokens, budget 1/8; cache compressed before the question",
-        fontsize=11,
-    )
-    fig.tight_layout(rect=(0, 0.07, 1, 0.97))
+    share = next((r.budget for r in rows if r.budget not in (None, 1.0)), 1.0)
+    title = f"Quality against cache bytes: context {first.length:,} tokens, budget 1/{round(1 / (share or 1))}"
+    return _finish(fig, axes[0][0], title, path)
+
+
+def _point(ax: Any, row: Row, x: float) -> None:
+    """One measurement with its interval, at ``x``."""
+    colour, marker = STYLE.get(row.name, ("#56B4E9", "*"))
+    bars = None
+    if row.accuracy is not None and row.interval is not None:
+        y, low, high = row.accuracy * 100, row.interval[0] * 100, row.interval[1] * 100
+        bars = [[max(y - low, 0)], [max(high - y, 0)]]
+    else:
+        y = row.bits_per_byte or 0.0  # windows differ more from each other than policies do: no bars
+    ax.errorbar(
+        x, y, yerr=bars, color=colour, marker=marker, markersize=8, capsize=3, elinewidth=1.2, linestyle="none",
+        label=label(row.name),
+    )  # fmt: skip
+
+
+def _spread(xs: list[float]) -> list[float]:
+    """Move equal values a little apart, so that no marker hides another."""
+    step = 0.03 * max(xs, default=1.0)
+    placed: list[float] = []
+    for x in xs:
+        same = sum(abs(x - other) < step for other in xs)
+        before = sum(abs(x - other) < step for other in xs[: len(placed)])
+        placed.append(x + step * (before - (same - 1) / 2))
+    return placed
+
+
+def _leave_out_far(ax: Any, rows: Sequence[Row]) -> None:
+    """Fit the axis to the policies near the best one; name those beyond it at the upper edge."""
+    values = {r.name: r.bits_per_byte for r in rows if r.bits_per_byte is not None}
+    best = min(values.values(), default=0.0)
+    far = {name: v for name, v in values.items() if v > 1.3 * best}
+    near = [v for name, v in values.items() if name not in far]
+    if not far or not near:
+        return
+    spread = max(max(near) - min(near), 0.02)
+    ax.set_ylim(min(near) - 0.4 * spread, max(near) + 0.6 * spread)
+    beyond = ", ".join(f"{label(name)} {v:.2f}" for name, v in far.items())
+    ax.text(0.5, 0.985, f"beyond the axis: {beyond} ↑", transform=ax.transAxes, ha="center", va="top", fontsize=9)
+
+
+def _finish(fig: Any, ax: Any, title: str, path: Path) -> Path:
+    """Legend of ``ax`` below everything, title above; write ``path``."""
+    import matplotlib.pyplot as plt
+
+    handles, labels = ax.get_legend_handles_labels()
+    known = dict(zip(labels, handles))
+    fig.legend(known.values(), known.keys(), loc="lower center", ncol=min(len(known), 7), frameon=False)
+    fig.suptitle(title, fontsize=11)
+    fig.tight_layout(rect=(0, 0.07, 1, 0.99))
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
     plt.close(fig)
     return path
+
+
+def plot_budgets(rows: Sequence[Row], path: Path) -> Path:
+    """Quality of every policy against its budget, one panel a task; what has no budget is a horizontal line."""
+    tasks = ("passkey", "recall", "text")
+    fig, axes = figure(len(tasks))
+    for ax, task in zip(axes[0], tasks):
+        mine = [r for r in rows if r.task == task and r.budget is not None]
+        for name in dict.fromkeys(r.name for r in mine):
+            line = sorted((r for r in mine if r.name == name), key=lambda r: r.budget or 0)
+            colour, marker = STYLE.get(name, ("#56B4E9", "*"))
+            if len(line) == 1 and line[0].budget == 1.0:
+                y = line[0].accuracy * 100 if line[0].accuracy is not None else line[0].bits_per_byte or 0.0
+                ax.axhline(y, color=colour, linewidth=1.2, linestyle="--", label=label(name))
+                continue
+            xs = [r.budget for r in line]
+            ys = [r.accuracy * 100 if r.accuracy is not None else r.bits_per_byte for r in line]
+            ax.plot(xs, ys, color=colour, marker=marker, markersize=7, linewidth=1.6, label=label(name))
+            if task != "text":
+                low = [(r.interval or (0, 0))[0] * 100 for r in line]
+                high = [(r.interval or (0, 0))[1] * 100 for r in line]
+                ax.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
+        shares = sorted({r.budget for r in mine if r.budget not in (None, 1.0)})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(shares, [f"1/{round(1 / x)}" for x in shares])
+        ax.minorticks_off()
+        ax.set_title(TITLES[task])
+        ax.set_xlabel("budget: share of the context kept or read")
+        if task == "text":
+            ax.set_ylabel("bits per byte (lower is better)")
+            _leave_out_far(ax, mine)
+        else:
+            ax.set_ylabel("answers right, % (with 95 % interval)")
+            ax.set_ylim(-4, 104)
+    return _finish(fig, axes[0][0], f"Quality against budget, context {rows[0].length:,} tokens", path)

@@ -1,9 +1,9 @@
 """Measures one policy on one task: accuracy or bits per byte, bytes really held, milliseconds per token.
 
 Two protocols for questions about a context. *Agnostic*: the cache is compressed to the policy's budget before the
-question is seen, the hard and honest case of a cache that serves many questions. *Aware*: the question, but for its last
-byte, is part of what is compressed. Both then generate greedily and count an answer only when every byte is right.
-Text is decoded byte by byte through the cache, each byte given as it really is, so that eviction happens at every step.
+question is seen, the hard and honest case of a cache that serves many questions. *Aware*: the question, but for its
+last byte, is part of what is compressed. Both then generate greedily and count an answer only when every byte is right.
+Text is decoded byte by byte through the cache, each byte given as it is, so that eviction happens at every step.
 """
 
 from __future__ import annotations
