@@ -26,9 +26,7 @@ def measure(tokens, query_heads, heads, dim, last, dtype, rounds, peak):
     k_pages, v_pages, *tables = paged(k, k, shuffled=True)
     positions = torch.arange(tokens, dtype=torch.int32)[None]
     group = query_heads // heads
-    _, lse = ops.prefill_attention(
-        q, k_pages, v_pages, *tables, positions, None, None, None, None, None, None, scale
-    )
+    _, lse = ops.prefill_attention(q, k_pages, v_pages, *tables, positions, None, None, None, None, None, None, scale)
 
     def ours(_):
         return ops.column_sums(q, k_pages, *tables, positions, lse, None, None, None, scale, last=last)

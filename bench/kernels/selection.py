@@ -14,8 +14,8 @@ from kvcache import ops
 
 SHAPES = [(8192, 32, 8, 128, 1024), (32768, 32, 8, 128, 2048), (32768, 8, 2, 64, 2048)]
 COLUMNS = {
-    "context": "d", "k": "d", "heads": "s", "dtype": "s", "op": "s", "ours ms": ".3f", "GB/s": ".1f", "limit GB/s": ".1f",
-    "% of limit": ".0f", "torch ms": ".3f", "ratio": ".2f",
+    "context": "d", "k": "d", "heads": "s", "dtype": "s", "op": "s", "ours ms": ".3f", "GB/s": ".1f",
+    "limit GB/s": ".1f", "% of limit": ".0f", "torch ms": ".3f", "ratio": ".2f",
 }  # fmt: skip
 
 

@@ -10,11 +10,11 @@ namespace {
 constexpr int kQueryRows = 64;  // queries taken at a time
 
 struct KeyBlock {
-  int n;                    // entries of the block, at most kColumnBlock
-  int64_t first;            // slot
+  int n;          // entries of the block, at most kColumnBlock
+  int64_t first;  // slot
   Range positions;
   int32_t position[kColumnBlock];
-  float* keys;              // [kColumnBlock / kPanel] panels of [k_dim, kPanel]
+  float* keys;  // [kColumnBlock / kPanel] panels of [k_dim, kPanel]
 };
 
 struct QueryRows {
@@ -31,15 +31,17 @@ inline void load_keys(const PagedView& view, const int32_t* table, KeyBlock& blo
   memset(block.keys, 0, size_t(view.k_dim) * kColumnBlock * 4);
   float plain[256 + kChunk];
   for (int i = 0; i < block.n; ++i) {
-    const int64_t slot = block.first + i, line = int64_t(table[slot / view.page_size]) * view.page_size + slot % view.page_size;
-    widen_row<T>(static_cast<const char*>(view.k_pages) + line * view.k_dim * int64_t(sizeof(T)), view.dtype, view.k_dim, plain);
+    const int64_t slot = block.first + i,
+                  line = int64_t(table[slot / view.page_size]) * view.page_size + slot % view.page_size;
+    widen_row<T>(static_cast<const char*>(view.k_pages) + line * view.k_dim * int64_t(sizeof(T)), view.dtype,
+                 view.k_dim, plain);
     fill_lane(plain, view.k_dim, 1.0f, kPanel, i % kPanel, block.keys + int64_t(i / kPanel) * view.k_dim * kPanel);
   }
 }
 
 // Up to kQueryRows queries of one head that count, from `token` on. Moves `token` behind them.
-inline void next_queries(const ColumnSumsParams& c, int64_t row, int64_t head, int64_t query_head, const KeyBlock& block,
-                         int64_t& token, QueryRows& rows) {
+inline void next_queries(const ColumnSumsParams& c, int64_t row, int64_t head, int64_t query_head,
+                         const KeyBlock& block, int64_t& token, QueryRows& rows) {
   const AttentionParams& p = c.attention;
   const int64_t mask_line = row * p.mask_heads + (p.mask_heads == 1 ? 0 : head);
   const float factor = p.softcap > 0 ? p.scale : p.scale * kLog2E;
@@ -63,7 +65,8 @@ inline void next_queries(const ColumnSumsParams& c, int64_t row, int64_t head, i
 }
 
 // mass[kColumnBlock] += exp2(logit - level) of the rows.
-inline void add_mass(const AttentionParams& p, const KeyBlock& block, const QueryRows& rows, const float* bias, float* mass) {
+inline void add_mass(const AttentionParams& p, const KeyBlock& block, const QueryRows& rows, const float* bias,
+                     float* mass) {
   const bool all_visible = block.positions.high <= rows.last.low && block.positions.low >= rows.start.high;
   const float to_cap = p.softcap > 0 ? 1.0f / p.softcap : 0.0f, from_cap = p.softcap * kLog2E;
   const Vec unused[kVecs] = {};
@@ -124,7 +127,8 @@ inline void column_items(const ColumnSumsParams& c, int64_t begin, int64_t end) 
     for (int g = 0; g < group; ++g) {
       const int64_t query_head = head * group + g;
       if (p.bias) {
-        const float* bias = p.bias + (row * p.bias_heads + shared_head(p.bias_heads, p, head, query_head)) * p.view.capacity;
+        const float* bias =
+            p.bias + (row * p.bias_heads + shared_head(p.bias_heads, p, head, query_head)) * p.view.capacity;
         for (int i = 0; i < block.n; ++i) bias_lanes[i] = bias[block.first + i] * kLog2E;
       }
       float mass[kColumnBlock] = {};

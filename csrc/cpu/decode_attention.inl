@@ -9,15 +9,16 @@ namespace {
 
 // The running softmax of one group over part of its entries.
 struct DecodeState {
-  float* peak;   // [group] largest logit, base 2
-  float* mass;   // [group, kLanes] sum of weights, spread over lanes
-  float* sums;   // [group, chunks * kChunk] weighted values, lanes as in the chunks
-  bool any;      // an entry was visible, be its logit -inf
+  float* peak;  // [group] largest logit, base 2
+  float* mass;  // [group, kLanes] sum of weights, spread over lanes
+  float* sums;  // [group, chunks * kChunk] weighted values, lanes as in the chunks
+  bool any;     // an entry was visible, be its logit -inf
 };
 
 // sums[H][..] += weights[H][n] . rows for C chunks, with the accumulators in registers; kRest: the chunk that ends a row.
 template <class T, int H, int C, bool kRest>
-inline void add_rows(const Tile& tile, const Ahead& ahead, const float* weights, int chunk, int rest, int stride, float* sums) {
+inline void add_rows(const Tile& tile, const Ahead& ahead, const float* weights, int chunk, int rest, int stride,
+                     float* sums) {
   Vec total[H][2 * C];
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h)
@@ -86,7 +87,8 @@ inline void add_tile(const Tile& tile, const Ahead& ahead, const float* weights,
 }
 
 // Softcap and bias on a tile of logits [group, kTile], in base 2.
-inline void adjust_logits(const AttentionParams& p, int64_t row, int64_t head, int group, const Tile& tile, float* logits) {
+inline void adjust_logits(const AttentionParams& p, int64_t row, int64_t head, int group, const Tile& tile,
+                          float* logits) {
   for (int g = 0; g < group; ++g) {
     float* line = logits + g * kTile;
     if (p.softcap > 0) {
@@ -117,7 +119,8 @@ inline void update_softmax(const Tile& tile, int group, int stride, float* logit
     if (found > old) {
       const Vec shrink = exp2(splat(old - peak));
       mass *= shrink;
-      for (int i = 0; i < stride; i += kLanes) store(state.sums + g * stride + i, load(state.sums + g * stride + i) * shrink);
+      for (int i = 0; i < stride; i += kLanes)
+        store(state.sums + g * stride + i, load(state.sums + g * stride + i) * shrink);
       state.peak[g] = peak;
     }
     const Vec level = splat(peak == -kInfinity ? 0.0f : peak);
@@ -138,7 +141,8 @@ inline float* kept_logits(const AttentionParams& p, int64_t row, int64_t query_h
 }
 
 template <class T>
-inline void decode_part(const AttentionParams& p, int64_t row, int64_t head, Walk walk, float* q, float* logits, DecodeState& state) {
+inline void decode_part(const AttentionParams& p, int64_t row, int64_t head, Walk walk, float* q, float* logits,
+                        DecodeState& state) {
   const int group = p.query_heads / p.view.heads, dim = p.view.v_dim;
   const int stride = int(round_up(dim, kChunk));
   const int64_t first_head = head * group;
@@ -268,7 +272,8 @@ static void decode_combine(const AttentionParams& p, int64_t begin, int64_t end)
     const int64_t row = item / p.view.heads, head = item % p.view.heads;
     for (int g = 0; g < group && p.splits > 1; ++g) {
       const int64_t query_head = head * group + g;
-      const float* partials = p.scratch + (row * p.query_heads + query_head) * p.splits * (dim + 3);  // [splits, dim + 3]
+      const float* partials =
+          p.scratch + (row * p.query_heads + query_head) * p.splits * (dim + 3);  // [splits, dim + 3]
       float peak = -kInfinity, mass = 0, sums[256] = {};
       bool any = false;
       for (int s = 0; s < p.splits; ++s) {

@@ -7,7 +7,8 @@
 namespace kvcache::cpu::KVCACHE_ISA_NS {
 namespace {
 
-constexpr int kTile = 128;  // entries; at 128 x float32 a tile of keys and one of values are 64 KB each, well within the L2
+constexpr int kTile =
+    128;  // entries; at 128 x float32 a tile of keys and one of values are 64 KB each, well within the L2
 
 // What a walk covers: candidates begin .. end, which are slots, or places in `index` when there is one.
 struct Walk {
@@ -26,12 +27,12 @@ struct Walk {
 constexpr int kStreams = 8;  // places of a tile that are fetched in turns, see Ahead
 
 struct Tile {
-  int n;                                    // entries, at most kTile
-  bool contiguous;                          // candidate i is first + i, and so is its slot
+  int n;            // entries, at most kTile
+  bool contiguous;  // candidate i is first + i, and so is its slot
   int64_t first;
-  const char* k[kTile + kLanes];            // rows; behind n the last one repeats
+  const char* k[kTile + kLanes];  // rows; behind n the last one repeats
   const char* v[kTile + kLanes];
-  int32_t slot[kTile], candidate[kTile];    // filled unless contiguous
+  int32_t slot[kTile], candidate[kTile];  // filled unless contiguous
 };
 
 inline void finish_rows(Tile& tile) {
@@ -55,7 +56,8 @@ inline bool next_tile(Walk& walk, Tile& tile) {
       const int64_t row = walk.table[page] * size + inside;
       const char* k = k_pages + row * k_bytes;
       const char* v = v_pages ? v_pages + row * v_bytes : k;
-      for (; inside < size && tile.n < n; ++inside, ++tile.n, k += k_bytes, v += v_bytes) tile.k[tile.n] = k, tile.v[tile.n] = v;
+      for (; inside < size && tile.n < n; ++inside, ++tile.n, k += k_bytes, v += v_bytes)
+        tile.k[tile.n] = k, tile.v[tile.n] = v;
       inside = 0;
       ++page;
     }
@@ -78,12 +80,14 @@ inline bool next_tile(Walk& walk, Tile& tile) {
 
 // Queries of one group as float32, scaled, in the lane order of T's chunks and zero behind dim: [group, chunks, kChunk].
 template <class T>
-inline void pack_queries(const Strided4& q, int64_t row, int64_t first_head, int group, int dim, float scale, float* packed) {
+inline void pack_queries(const Strided4& q, int64_t row, int64_t first_head, int group, int dim, float scale,
+                         float* packed) {
   const int chunks = (dim + kChunk - 1) / kChunk;
   float plain[256 + kChunk];
   for (int g = 0; g < group; ++g) {
     const int64_t offset = row * q.stride[0] + (first_head + g) * q.stride[1];
-    convert_row(plain, DType::kFloat32, static_cast<const char*>(q.data) + offset * element_size(q.dtype), q.dtype, dim);
+    convert_row(plain, DType::kFloat32, static_cast<const char*>(q.data) + offset * element_size(q.dtype), q.dtype,
+                dim);
     float* target = packed + int64_t(g) * chunks * kChunk;
     for (int i = 0; i < chunks * kChunk; ++i) {
       target[i / kChunk * kChunk + Storage<T>::lane(i % kChunk)] = i < dim ? plain[i] * scale : 0.0f;
@@ -93,8 +97,8 @@ inline void pack_queries(const Strided4& q, int64_t row, int64_t first_head, int
 
 // One chunk of dot_rows: sums[h][i] += q[h] . rows[i].
 template <class T, int H, bool kRest>
-inline __attribute__((always_inline)) void dot_chunk(const char* const* rows, const float* q, int64_t q_stride, int c, int rest,
-                                                     Vec (&sums)[kLanes]) {
+inline __attribute__((always_inline)) void dot_chunk(const char* const* rows, const float* q, int64_t q_stride, int c,
+                                                     int rest, Vec (&sums)[kLanes]) {
   constexpr int kRows = kLanes / H;
   Vec q0[H], q1[H];
 #pragma GCC unroll 4
@@ -188,8 +192,8 @@ inline void dot_tile(const Tile& tile, const Ahead& ahead, const float* q, int g
 }
 
 // Writes a query's output and log-sum-exp; `sums` is [v_dim] in plain order and is used up. `any`: it read an entry.
-inline void finish_query(const AttentionParams& p, int64_t row, int64_t query_head, int64_t token, bool any, float peak, float mass,
-                         float* sums) {
+inline void finish_query(const AttentionParams& p, int64_t row, int64_t query_head, int64_t token, bool any, float peak,
+                         float mass, float* sums) {
   const int dim = p.view.v_dim;
   if (p.sinks && any) {
     const float sink = p.sinks[query_head] * kLog2E, top = sink > peak ? sink : peak;

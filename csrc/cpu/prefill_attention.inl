@@ -8,26 +8,28 @@
 namespace kvcache::cpu::KVCACHE_ISA_NS {
 namespace {
 
-constexpr int kKeys = 128;                 // of a tile
-constexpr float kBuried = -2e38f;          // a bias of -inf: weightless, but the entry was read (that counts for sinks)
+constexpr int kKeys = 128;         // of a tile
+constexpr float kBuried = -2e38f;  // a bias of -inf: weightless, but the entry was read (that counts for sinks)
 constexpr int kMaxDim = 256;
 
 // The queries in the lanes of one panel and what they have summed.
 struct QueryPanel {
-  int vecs, used;           // vectors of the panel, lanes in use
-  int first;                // index in the block of lane 0; query m is token m / group, head m % group
-  Range upper, lower;       // of the real queries: last visible and first visible position
-  int32_t *last, *start;    // [lanes] the same per lane; a lane without a query sees everything, nobody reads it
-  float* queries;           // [k_dim, lanes]
-  float *peak, *mass;       // [lanes]
-  float* sums;              // [v_dim rounded up to kRows, lanes]
+  int vecs, used;         // vectors of the panel, lanes in use
+  int first;              // index in the block of lane 0; query m is token m / group, head m % group
+  Range upper, lower;     // of the real queries: last visible and first visible position
+  int32_t *last, *start;  // [lanes] the same per lane; a lane without a query sees everything, nobody reads it
+  float* queries;         // [k_dim, lanes]
+  float *peak, *mass;     // [lanes]
+  float* sums;            // [v_dim rounded up to kRows, lanes]
+
+  bool reaches(int32_t position) const { return position <= upper.high && position >= lower.low; }
 };
 
 struct KeyTile {
   int n;
   Range positions;
   int32_t slot[kKeys], position[kKeys];
-  float *keys, *values;     // [kKeys, kRowStep]
+  float *keys, *values;  // [kKeys + kRows, kRowStep]
 };
 
 struct QueryBlock {
@@ -56,29 +58,33 @@ inline void load_tile(const Walk& walk, KeyTile& tile) {
   const int64_t k_bytes = view.k_dim * int64_t(sizeof(T)), v_bytes = view.v_dim * int64_t(sizeof(T));
   int64_t page = -1, first = 0;
   for (int i = 0; i < tile.n; ++i) {
-    if (page < 0 || tile.slot[i] < first || tile.slot[i] >= first + view.page_size) {  // a division per page, not per entry
+    if (page < 0 || tile.slot[i] < first ||
+        tile.slot[i] >= first + view.page_size) {  // a division per page, not per entry
       page = tile.slot[i] / view.page_size;
       first = page * view.page_size;
     }
     const int64_t line = int64_t(walk.table[page]) * view.page_size + tile.slot[i] - first;
-    widen_row<T>(static_cast<const char*>(view.k_pages) + line * k_bytes, view.dtype, view.k_dim, tile.keys + i * kRowStep);
-    widen_row<T>(static_cast<const char*>(view.v_pages) + line * v_bytes, view.dtype, view.v_dim, tile.values + i * kRowStep);
+    widen_row<T>(static_cast<const char*>(view.k_pages) + line * k_bytes, view.dtype, view.k_dim,
+                 tile.keys + i * kRowStep);
+    widen_row<T>(static_cast<const char*>(view.v_pages) + line * v_bytes, view.dtype, view.v_dim,
+                 tile.values + i * kRowStep);
   }
 }
 
-// What the plain product leaves out, on scores [tile.n, lanes]: softcap, bias, positions, mask.
-inline void adjust_scores(const AttentionParams& p, const QueryBlock& block, const QueryPanel& panel, const KeyTile& tile,
-                          bool check_positions, float* scores) {
+// What the plain product leaves out, on scores [begin .. end, lanes]: softcap, bias, positions, mask.
+inline void adjust_scores(const AttentionParams& p, const QueryBlock& block, const QueryPanel& panel,
+                          const KeyTile& tile, int begin, int end, bool check_positions, float* scores) {
   const int lanes = panel.vecs * kLanes;
   const int64_t first_head = block.head * block.group;
   if (p.softcap > 0) {
     const float to_cap = 1.0f / p.softcap, from_cap = p.softcap * kLog2E;
-    for (int i = 0; i < tile.n * lanes; i += kLanes) store(scores + i, tanh(load(scores + i) * to_cap) * from_cap);
+    for (int i = begin * lanes; i < end * lanes; i += kLanes)
+      store(scores + i, tanh(load(scores + i) * to_cap) * from_cap);
   }
   if (p.bias) {
     const float* rows = p.bias + block.row * p.bias_heads * p.view.capacity;  // [bias_heads, capacity]
     float spread[kPanel] = {};
-    for (int i = 0; i < tile.n; ++i) {
+    for (int i = begin; i < end; ++i) {
       for (int m = 0; m < panel.used; ++m) {
         const int64_t head = shared_head(p.bias_heads, p, block.head, first_head + (panel.first + m) % block.group);
         spread[m] = rows[head * p.view.capacity + tile.slot[i]] * kLog2E;
@@ -88,7 +94,7 @@ inline void adjust_scores(const AttentionParams& p, const QueryBlock& block, con
     }
   }
   if (check_positions) {
-    for (int i = 0; i < tile.n; ++i) {
+    for (int i = begin; i < end; ++i) {
       const Int position = splat_int(tile.position[i]);
       for (int j = 0; j < lanes; j += kLanes) {
         float* x = scores + i * lanes + j;
@@ -101,7 +107,7 @@ inline void adjust_scores(const AttentionParams& p, const QueryBlock& block, con
     for (int m = 0; m < panel.used; ++m) {
       const int64_t token = block.token + (panel.first + m) / block.group;
       const bool* seen = p.mask + (line * p.tokens + token) * p.view.capacity;  // [capacity]
-      for (int i = 0; i < tile.n; ++i) {
+      for (int i = begin; i < end; ++i) {
         if (!seen[tile.slot[i]]) scores[i * lanes + m] = -kInfinity;
       }
     }
@@ -109,31 +115,38 @@ inline void adjust_scores(const AttentionParams& p, const QueryBlock& block, con
 }
 
 template <int V>
-inline void attend_tile(const AttentionParams& p, const QueryBlock& block, QueryPanel& panel, const KeyTile& tile, float* scores) {
+inline void attend_tile(const AttentionParams& p, const QueryBlock& block, QueryPanel& panel, const KeyTile& tile,
+                        float* scores) {
   constexpr int kWidth = V * kLanes;
+  // Entries at either end that no query of the panel sees are left out: on the diagonal that is half of the tile.
+  int begin = 0, end = tile.n;
+  while (end > begin && !panel.reaches(tile.position[end - 1])) --end;
+  while (end > begin && !panel.reaches(tile.position[begin])) ++begin;
   const Vec unused[V] = {};
-  for (int i = 0; i < tile.n; i += kRows)
-    multiply<V>(tile.keys + i * kRowStep, kRowStep, 1, panel.queries, p.view.k_dim, nullptr, unused, scores + i * kWidth);
+  for (int i = begin; i < end; i += kRows)
+    multiply<V>(tile.keys + i * kRowStep, kRowStep, 1, panel.queries, p.view.k_dim, nullptr, unused,
+                scores + i * kWidth);
   const bool all_visible = tile.positions.high <= panel.upper.low && tile.positions.low >= panel.lower.high;
-  if (!all_visible || p.softcap > 0 || p.bias || p.mask) adjust_scores(p, block, panel, tile, !all_visible, scores);
+  if (!all_visible || p.softcap > 0 || p.bias || p.mask)
+    adjust_scores(p, block, panel, tile, begin, end, !all_visible, scores);
 
   Vec shrink[V], level[V], mass[V];
   for (int j = 0; j < V; ++j) {
     const Vec old = load(panel.peak + j * kLanes);
     Vec peak = old, other = old;
-    int i = 0;
-    for (; i + 1 < tile.n; i += 2) {
+    int i = begin;
+    for (; i + 1 < end; i += 2) {
       peak = max(peak, load(scores + i * kWidth + j * kLanes));
       other = max(other, load(scores + (i + 1) * kWidth + j * kLanes));
     }
-    if (i < tile.n) peak = max(peak, load(scores + i * kWidth + j * kLanes));
+    if (i < end) peak = max(peak, load(scores + i * kWidth + j * kLanes));
     peak = max(peak, other);
     level[j] = max(splat(-1e38f), peak);  // nothing seen yet, or only buried entries: weights of 0 either way
     shrink[j] = exp2(old - level[j]);
     mass[j] = load(panel.mass + j * kLanes) * shrink[j];
     store(panel.peak + j * kLanes, peak);
   }
-  for (int i = 0; i < tile.n; ++i) {
+  for (int i = begin; i < end; ++i) {
     for (int j = 0; j < V; ++j) {
       const Vec weight = exp2(load(scores + i * kWidth + j * kLanes) - level[j]);
       mass[j] += weight;
@@ -143,7 +156,8 @@ inline void attend_tile(const AttentionParams& p, const QueryBlock& block, Query
   for (int j = 0; j < V; ++j) store(panel.mass + j * kLanes, mass[j]);
   for (int d = 0; d < p.view.v_dim; d += kRows) {
     float* sums = panel.sums + d * kWidth;
-    multiply<V>(tile.values + d, 1, kRowStep, scores, tile.n, sums, shrink, sums);
+    multiply<V>(tile.values + begin * kRowStep + d, 1, kRowStep, scores + begin * kWidth, end - begin, sums, shrink,
+                sums);
   }
 }
 
@@ -189,8 +203,8 @@ inline void finish_block(const AttentionParams& p, const QueryBlock& block) {
       const bool real = !p.q_positions || p.q_positions[block.row * p.tokens + token] >= 0;
       const bool weighty = real && panel.peak[m] > -1e38f;
       for (int d = 0; d < p.view.v_dim; ++d) plain[d] = weighty ? panel.sums[d * lanes + m] : 0.0f;
-      finish_query(p, block.row, query_head, token, real && panel.peak[m] != -kInfinity, weighty ? panel.peak[m] : -kInfinity,
-                   weighty ? panel.mass[m] : 0.0f, plain);
+      finish_query(p, block.row, query_head, token, real && panel.peak[m] != -kInfinity,
+                   weighty ? panel.peak[m] : -kInfinity, weighty ? panel.mass[m] : 0.0f, plain);
     }
   }
 }
@@ -203,14 +217,15 @@ inline void prefill_items(const AttentionParams& p, int64_t begin, int64_t end) 
   block.group = p.query_heads / p.view.heads;
   const int64_t most = int64_t(block_tokens) * block.group, most_panels = (most + kPanel - 1) / kPanel;
   const int64_t v_rows = round_up(p.view.v_dim, kRows);
-  Arena arena(2 * Arena::bytes_of(kKeys * kRowStep) + Arena::bytes_of(kKeys * kPanel) +
+  Arena arena(2 * Arena::bytes_of((kKeys + kRows) * kRowStep) + Arena::bytes_of((kKeys + kRows) * kPanel) +
               most_panels * (Arena::bytes_of(p.view.k_dim * kPanel) + Arena::bytes_of(v_rows * kPanel) +
                              4 * Arena::bytes_of(kPanel) + Arena::bytes_of(sizeof(QueryPanel) / 4)));
   KeyTile tile;
-  tile.keys = arena.floats(kKeys * kRowStep), tile.values = arena.floats(kKeys * kRowStep);
-  memset(tile.keys, 0, kKeys * kRowStep * 4);  // padded rows and columns meet arithmetic, though nobody reads the results
-  memset(tile.values, 0, kKeys * kRowStep * 4);
-  float* scores = arena.floats(kKeys * kPanel);
+  tile.keys = arena.floats((kKeys + kRows) * kRowStep), tile.values = arena.floats((kKeys + kRows) * kRowStep);
+  memset(tile.keys, 0,
+         (kKeys + kRows) * kRowStep * 4);  // padded rows and columns meet arithmetic, though nobody reads the results
+  memset(tile.values, 0, (kKeys + kRows) * kRowStep * 4);
+  float* scores = arena.floats((kKeys + kRows) * kPanel);
   block.panel = reinterpret_cast<QueryPanel*>(arena.floats(most_panels * int64_t(sizeof(QueryPanel)) / 4));
   for (int64_t i = 0; i < most_panels; ++i) {
     QueryPanel& panel = block.panel[i];  // start_block sets the rest

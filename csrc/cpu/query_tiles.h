@@ -11,14 +11,14 @@ namespace {
 constexpr int kRows = kLanes == 16 ? 8 : 4;
 constexpr int kVecs = kLanes == 4 ? 2 : 3;
 constexpr int kPanel = kVecs * kLanes;  // lanes of a full panel
-constexpr int kRowStep = 272;           // floats between rows: a constant, so that addresses need one register, and an odd
-                                        // number of cache lines, so that a column of a tile uses all sets of the cache
+constexpr int kRowStep = 272;  // floats between rows: a constant, so that addresses need one register, and an odd
+                               // number of cache lines, so that a column of a tile uses all sets of the cache
 
 // result[i][j] = start[i][j] * factor[j] + sum over the depth of rows[i][d] * panel[d][j]; lines of V vectors. A null `start`
 // is zero. Row i is at rows + i * row_step, its depth advances by depth_step.
 template <int V>
-inline void multiply(const float* rows, int64_t row_step, int64_t depth_step, const float* panel, int depth, const float* start,
-                     const Vec (&factor)[V], float* result) {
+inline void multiply(const float* rows, int64_t row_step, int64_t depth_step, const float* panel, int depth,
+                     const float* start, const Vec (&factor)[V], float* result) {
   Vec sums[kRows][V];  // only constant indices, or it would live in memory
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)

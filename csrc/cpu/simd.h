@@ -174,8 +174,8 @@ inline Vec exp2(Vec x) {
 // tanh: a Pade quotient near zero, where 1 - 2 / (e^2x + 1) would cancel.
 inline Vec tanh(Vec x) {
   const Vec s = x * x;
-  const Vec near = x * (135135.0f + s * (17325.0f + s * (378.0f + s))) /
-                   (135135.0f + s * (62370.0f + s * (3150.0f + s * 28.0f)));
+  const Vec near =
+      x * (135135.0f + s * (17325.0f + s * (378.0f + s))) / (135135.0f + s * (62370.0f + s * (3150.0f + s * 28.0f)));
   const Vec far = 1.0f - 2.0f / (exp2(x * (2.0f * kLog2E)) + 1.0f);
   return (s < 1.0f) ? near : far;
 }
@@ -186,14 +186,17 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
   __m512 four[4];  // [i]: the partial sums of a[4 i .. 4 i + 3], once per 128-bit lane
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
+    const __m512 x =
+        _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i], a[4 * i + 1]), _mm512_unpackhi_ps(a[4 * i], a[4 * i + 1]));
     const __m512 y =
         _mm512_add_ps(_mm512_unpacklo_ps(a[4 * i + 2], a[4 * i + 3]), _mm512_unpackhi_ps(a[4 * i + 2], a[4 * i + 3]));
     four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
   }
-  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+  const __m512 x =
+      _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+  const __m512 y =
+      _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
   return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
 #elif defined(KVCACHE_SIMD_AVX2)
   const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
@@ -209,7 +212,7 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
 // --- storage types -------------------------------------------------------------------------------------------------
 
 inline Uint load_halves(const void* p) { return *static_cast<const UintInMemory*>(p); }  // kChunk 16-bit elements
-inline Uint load_first_halves(const uint16_t* p, int n) {                                // the first n of them, then zeros
+inline Uint load_first_halves(const uint16_t* p, int n) {  // the first n of them, then zeros
 #if defined(KVCACHE_SIMD_AVX512)
   return (Uint)_mm512_maskz_loadu_epi16(__mmask32((1ull << n) - 1), p);
 #else
@@ -238,7 +241,9 @@ struct Storage<BFloat16> {
   static constexpr int lane(int i) { return paired_lane(i); }
   static inline void widen(Uint x, Vec& a, Vec& b) { a = (Vec)(x << 16), b = (Vec)(x & 0xffff0000u); }
   static inline void load_chunk(const BFloat16* p, Vec& a, Vec& b) { widen(load_halves(p), a, b); }
-  static inline void load_first(const BFloat16* p, int n, Vec& a, Vec& b) { widen(load_first_halves(&p->bits, n), a, b); }
+  static inline void load_first(const BFloat16* p, int n, Vec& a, Vec& b) {
+    widen(load_first_halves(&p->bits, n), a, b);
+  }
 };
 
 template <>
@@ -247,9 +252,11 @@ struct Storage<Float16> {
   static constexpr int lane(int i) { return i; }
   static inline void widen(Uint x, Vec& a, Vec& b) {
 #if defined(KVCACHE_SIMD_AVX512)
-    a = _mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)x)), b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)x, 1));
+    a = _mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)x)),
+    b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)x, 1));
 #else
-    a = _mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)x)), b = _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1));
+    a = _mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)x)),
+    b = _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1));
 #endif
   }
 #else
@@ -263,7 +270,9 @@ struct Storage<Float16> {
   static inline void widen(Uint x, Vec& a, Vec& b) { a = widen_half(x & 0xffffu), b = widen_half(x >> 16); }
 #endif
   static inline void load_chunk(const Float16* p, Vec& a, Vec& b) { widen(load_halves(p), a, b); }
-  static inline void load_first(const Float16* p, int n, Vec& a, Vec& b) { widen(load_first_halves(&p->bits, n), a, b); }
+  static inline void load_first(const Float16* p, int n, Vec& a, Vec& b) {
+    widen(load_first_halves(&p->bits, n), a, b);
+  }
 };
 
 inline const char* element(const void* data, DType dtype, int64_t i) {

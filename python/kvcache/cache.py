@@ -101,6 +101,10 @@ class PagedLayer(CacheLayerMixin):
     def record_past(self) -> bool:
         return self.cache.engine.recording
 
+    @record_past.setter
+    def record_past(self, value: bool) -> None:  # generate() ends speculation so
+        self.cache.engine.recording = value
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 

@@ -141,6 +141,8 @@ class Layer:
         self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]] = []
         self.was_empty = True
         self.new: tuple[Tensor, Tensor] | None = None
+        # What abort() puts back: (the forward that it belongs to, state, pending forwards, scores).
+        self.undo: tuple[Step, dict[str, Any], int, Tensor | None] | None = None
 
     @property
     def engine(self) -> Engine:
@@ -348,6 +350,8 @@ class Engine:
         store = layer.store
         assert store is not None
         layer.was_empty = store.max_count == 0
+        scores = store.columns[0].clone() if self.policy.needs else None
+        layer.undo = (step, dict(layer.state), len(layer.pending), scores)
         active = step.routed.get(layer.index)
         positions = step.positions if active is None else torch.where(active, step.positions, -1)
         if self.rotation is not None:
@@ -607,10 +611,17 @@ class Engine:
         step, self.step = self.step, None
         if step is None:
             return
+        if len(self.tokens) == 0:  # the first one: what comes next may have another number of rows
+            self.reset()
+            return
         for layer in self.layers:
-            layer.pending.clear()
-            if layer.store is not None:
-                layer.store.crop(step.before)
+            if layer.store is None or layer.undo is None or layer.undo[0] is not step:
+                continue
+            _, layer.state, pending, scores = layer.undo
+            del layer.pending[pending:]
+            if scores is not None:
+                layer.store.columns[0][..., : scores.shape[-1]] = scores
+            layer.store.crop(step.before)
 
     def settle(self) -> None:
         """Fix the budgets if a prompt ended, then bring every layer within them."""
@@ -734,7 +745,7 @@ class Engine:
         self.storages = {}
         self.seen, self.step, self.real = 0, None, None
         self.tokens = self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
-        self.prompt_length, self.unplanned = None, False
+        self.prompt_length, self.unplanned, self.recording = None, False, False
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
@@ -758,7 +769,7 @@ class Engine:
             theirs.group, theirs.budgets, theirs.recent = mine.group, mine.budgets, mine.recent
             theirs.smallest_budget, theirs.pending = mine.smallest_budget, list(mine.pending)
             theirs.counters = Counter(mine.counters)
-            theirs.state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in mine.state.items()}
+            theirs.state = _copied(mine.state)
         return twin
 
     def export_state(self) -> dict[str, Any]:
@@ -780,7 +791,7 @@ class Engine:
                     "budgets": layer.budgets,
                     "recent": layer.recent,
                     "group": layer.group,
-                    "state": dict(layer.state),
+                    "state": _copied(layer.state),
                 }
             )
         return {"layers": layers, **{name: getattr(self, name) for name in self._COPIED}}
@@ -799,9 +810,13 @@ class Engine:
             for name in ("budgets", "recent", "group"):
                 setattr(layer, name, content[name])
             layer.smallest_budget = FAR if layer.budgets is None else int(layer.budgets.min())
-            layer.state = dict(content["state"])
+            layer.state = _copied(content["state"])
         for name in self._COPIED:
             setattr(self, name, state[name])
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 class PromptTooLong(OutOfPages, ValueError):

@@ -130,8 +130,10 @@ def _prepare_cache(
         type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     if isinstance(cache, KVCache):
-        if given:
-            cache.engine.recording = False  # a kept cache may come from assisted decoding, which asks for it anew
+        if cache.engine.recording and not generation_config.is_assistant:
+            # A kept cache may come from assisted decoding, which asks for recording anew: accept what it left.
+            cache.crop(0)
+            cache.engine.recording = False
         # In chunks nothing tells the last one; the policy must know when the whole prompt is there.
         columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
         cache.engine.prompt_length = columns if generation_config.prefill_chunk_size is not None else None

@@ -184,7 +184,10 @@ def test_hidden_by_bias_counts_as_read_for_sinks(backend):
     bias = torch.full((1, 1, 8), NEG_INF)
     sinks = torch.tensor([0.5, -2.0])
     q = torch.randn(1, 2, 8)
-    for got in (decode(q, case, bias=bias, sinks=sinks), prefill(q[:, :, None], case, ints([[9]]), bias=bias, sinks=sinks)):
+    for got in (
+        decode(q, case, bias=bias, sinks=sinks),
+        prefill(q[:, :, None], case, ints([[9]]), bias=bias, sinks=sinks),
+    ):
         assert (got[0] == 0).all()
         torch.testing.assert_close(got[1].flatten(), sinks)
     for got in (decode(q, case, bias=bias), prefill(q[:, :, None], case, ints([[9]]), bias=bias)):
@@ -202,7 +205,9 @@ def test_logits_below_the_range_of_float16(backend, low):
         bias = torch.full((1, 1, case.positions.shape[2]), low)
         q = torch.randn(1, 8, 32)
         out, lse = decode(q, case, bias=bias)
-        want = reference.decode_attention(q.double(), *case.args[:5], statistics=None, **NOTHING | {"bias": bias, "scale": 0.3})
+        want = reference.decode_attention(
+            q.double(), *case.args[:5], statistics=None, **NOTHING | {"bias": bias, "scale": 0.3}
+        )
         assert_close(lse, want[1], 1e-6, "lse")
         assert_close(out, want[0], 5e-3 if low == -7e4 else 1.0, "out")
         assert out.abs().max() > 0.05
@@ -224,7 +229,11 @@ def test_split_over_threads(backend, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for changes in ({}, {"window_start": ints([2900, 0])}, {"index": ints([[list(range(0, 2900, 2))], [[0] * 1450]])}):
+        for changes in (
+            {},
+            {"window_start": ints([2900, 0])},
+            {"index": ints([[list(range(0, 2900, 2))], [[0] * 1450]])},
+        ):
             if "index" in changes:
                 changes["index_counts"] = ints([[1450], [0]])
             mine = torch.rand(case.positions.shape)

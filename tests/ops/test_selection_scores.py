@@ -82,9 +82,7 @@ def test_logits_below_the_range_of_float16(backend):
     case = make_paged(rows=1, heads=1, page_size=16, k_dim=4, v_dim=1, max_count=0, room=33)
     k = torch.full((1, 1, 33, 4), -1.0)
     ops.append(*case.args, k, torch.zeros(1, 1, 33, 1), torch.arange(33, dtype=torch.int32)[None])
-    got = ops.selection_scores(
-        torch.full((1, 1, 4), 3e4), case.k_pages, *case.args[2:5], ints([3]), ints([20]), 1.0
-    )
+    got = ops.selection_scores(torch.full((1, 1, 4), 3e4), case.k_pages, *case.args[2:5], ints([3]), ints([20]), 1.0)
     torch.testing.assert_close(got[0, 0, 3:20], torch.full((17,), 1 / 17))
     assert (got[0, 0, :3] == NEG_INF).all()
     assert (got[0, 0, 20:] == NEG_INF).all()

@@ -3,7 +3,6 @@
 from collections import Counter
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -57,7 +56,8 @@ class StoreMachine(RuleBasedStateMachine):
         return True
 
     def pick(self, data):
-        return data.draw(st.sampled_from(self.pairs))
+        # By number: hypothesis holds on to what it drew, and a store that is held cannot be dropped.
+        return self.pairs[data.draw(st.integers(0, len(self.pairs) - 1))]
 
     @precondition(lambda self: len(self.pairs) < 3)
     @rule(rows=st.integers(1, 3))
@@ -70,7 +70,8 @@ class StoreMachine(RuleBasedStateMachine):
     def append(self, data, tokens, with_columns, spare):
         pair = self.pick(data)
         rows = pair.store.rows
-        real = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=tokens, max_size=tokens), min_size=rows, max_size=rows)))
+        bits = data.draw(st.lists(st.booleans(), min_size=rows * tokens, max_size=rows * tokens))
+        real = torch.tensor(bits).view(rows, tokens)
         k, v = self.fresh(rows, HEADS, tokens, K_DIM), self.fresh(rows, HEADS, tokens, V_DIM)
         columns = self.fresh(2, rows, HEADS, tokens) if with_columns else None
         first = torch.tensor(pair.next, dtype=torch.int32)[:, None]
@@ -172,7 +173,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.pairs)
     @rule(data=st.data())
     def drop(self, data):
-        self.pairs.remove(self.pick(data))
+        del self.pairs[data.draw(st.integers(0, len(self.pairs) - 1))]
 
     @rule()
     def trim(self):
@@ -220,6 +221,5 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.storage.pool.used == 0
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_any_sequence_of_changes(seed, backend):
-    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+def test_any_sequence_of_changes(backend):
+    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))

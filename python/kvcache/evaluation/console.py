@@ -40,19 +40,16 @@ def console() -> Console:
     return Console(width=None if known else 100, highlight=False)
 
 
-def table(title: str | None = None, *, narrow: bool = False) -> Table:
+def table(*, narrow: bool = False) -> Table:
     """An empty table in the house's style: no vertical lines; ``narrow`` leaves single spaces between columns."""
     from rich import box
     from rich.table import Table
 
     return Table(
-        title=title,
         box=box.SIMPLE_HEAD,
         padding=(0, 0 if narrow else 1),
         collapse_padding=True,
         pad_edge=False,
-        title_justify="left",
-        title_style="bold",
         header_style="bold",
     )
 

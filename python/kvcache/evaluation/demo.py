@@ -5,6 +5,7 @@ Everything shown is measured in the run: right and wrong answers, bits per byte,
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,10 +201,11 @@ def _typical(answers: dict[tuple[str, str], Answers]) -> int:
 def _introduce(screen: Console, model: Any, length: int, share: float, samples: int, windows: int) -> None:
     config = model.config
     size = sum(p.numel() for p in model.parameters()) / 1e6
+    kind = type(model).__name__.removesuffix("ForCausalLM")
     facts = machine()
     screen.print(
-        f"\n[bold]kvcache demo[/] · a byte-level {type(model).__name__.removesuffix('ForCausalLM')} of {size:.1f} M "
-        f"parameters, {config.num_hidden_layers} layers, {config.num_attention_heads}/{config.num_key_value_heads} heads, "
+        f"\n[bold]kvcache demo[/] · a byte-level {kind} of {size:.1f} M parameters, "
+        f"{config.num_hidden_layers} layers, {config.num_attention_heads}/{config.num_key_value_heads} heads, "
         f"on the CPU, {facts['threads']} thread{'s' if facts['threads'] != 1 else ''}, "
         f"{facts['backend']} kernels ({facts['isa']})"
     )
@@ -223,20 +225,20 @@ def _show_prompt(screen: Console, results: Results) -> None:
     context = example.prompt_text[: example.question_start - 1]
     at = context.find(needle)
     around = context[max(0, at - 90) : at], context[at + len(needle) : at + len(needle) + 90]
-    before, after = (" ".join(part.split()) for part in around)
+    before, after = (re.sub(r"\s+", " ", part) for part in around)
     screen.print(
         f"[bold]One passkey question[/] [dim]· a needle at byte {at:,} of {len(context):,}, seven others elsewhere; "
         "every cache was compressed before the question came[/]"
     )
     line = Text("  … ")
-    line.append(before + " ", "dim")
+    line.append(before, "dim")
     line.append(needle, "bold yellow")
-    line.append(" " + after, "dim")
+    line.append(after, "dim")
     line.append(" …  ")
     line.append(question, "bold cyan")
     screen.print(line)
     for c in results.contenders:
-        said = results.shown_answers[c.name].removesuffix(";").replace(" ", "·").encode("unicode_escape").decode()
+        said = results.shown_answers[c.name].removesuffix(";").encode("unicode_escape").decode().replace(" ", "·")
         right = results.shown_answers[c.name] == example.answer_text
         answer = Text(f"  {c.label:<14}")
         answer.append(f"{said} {'✓' if right else '✗'}", "bold green" if right else "bold red")
@@ -281,8 +283,8 @@ def _show_table(screen: Console, results: Results, share: float) -> None:
         "held: whole pages of keys and values of one sequence after the context. read: entries that a step attends.",
         "TokenSelect evicts nothing: it holds all and reads a few. SkipDecode leaves out layers, which a model must be "
         "fine-tuned for; this one is not, so it errs.",
-        "DynamicCache: transformers' own cache on the unwrapped model, timed in the same run. In a model this small a "
-        "step is mostly Python; kvcache bench times a larger one behind 8,192 tokens.",
+        "ratio: to transformers' DynamicCache on the unwrapped model, timed in turns; below 1 is faster. In a model "
+        "this small a step is mostly Python: kvcache bench times a larger one behind 8,192 tokens.",
     ]
     for note in notes:
         _note(screen, note)

@@ -59,7 +59,7 @@ def _short(value: Any) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """What a number depends on besides the code: versions, backend, instruction set, threads, processor."""
+    """What a number depends on besides the code: versions, backend, instruction set, threads, processor, load."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -68,6 +68,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "cpu": processor(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
 

@@ -238,7 +238,8 @@ _TITLES = {
 def _show_task(screen: Console, task: str, rows: Sequence[Row], shares: Sequence[float]) -> None:
     """One table: policies down, budgets across."""
     mine = [r for r in rows if r.task == task]
-    grid = table(_TITLES[task])
+    screen.print(f"[bold]{_TITLES[task]}[/]")
+    grid = table()
     grid.add_column("Policy")
     for share in shares:
         grid.add_column(f"1/{round(1 / share)}", justify="right", no_wrap=True)
@@ -264,7 +265,8 @@ def _label(name: str) -> str:
 
 def _show_cost(screen: Console, rows: Sequence[Row], base: Timing) -> None:
     """What each policy costs, on the passkey task: bytes held, entries read, decode time."""
-    grid = table("Cost behind the context, one sequence")
+    screen.print("[bold]Cost behind the context, one sequence[/]")
+    grid = table()
     grid.add_column("Policy")
     for head in ("held\n% of full", "entries\nread/step", "decode\nms/token", "ratio to\nDynamic"):
         grid.add_column(head, justify="right", no_wrap=True)

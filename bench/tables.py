@@ -1,0 +1,207 @@
+"""Fills the tables of README.md and docs/ from the committed JSON in bench/results/.
+
+    python bench/tables.py [--check]
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is a key of TABLES, or ``cpu_KERNEL`` for
+``bench/results/cpu_KERNEL.json``. ``--check`` changes nothing and exits with 1 where a table does not agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PAGES = ("README.md", "docs/results.md", "docs/kernels.md")
+NAMES = {
+    "full": "Full cache",
+    "streamingllm": "StreamingLLM",
+    "h2o": "H2O",
+    "tokenselect": "TokenSelect",
+    "skipdecode": "SkipDecode",
+    "window": "Window, no sinks",
+    "random": "Random eviction",
+}
+MISSING = "*Not measured yet.*"
+
+Rows = list[dict[str, Any]]
+
+
+def markdown(head: list[str], body: list[list[str]], left: int = 1) -> str:
+    """A table whose first ``left`` columns are text and the others numbers."""
+    rule = ["---" if i < left else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
+
+
+def machine(row: dict[str, Any]) -> str:
+    """The line below a table: where its numbers come from."""
+    threads = row.get("threads", 1)
+    parts = [
+        str(row.get("cpu", "")),
+        f"{threads} thread{'s' if threads != 1 else ''}",
+        f"{row['isa']} kernels" if "isa" in row else "",
+        f"torch {row['torch']}" if "torch" in row else "",
+        f"transformers {row['transformers']}" if "transformers" in row else "",
+        f"{row['read_gb_per_s']:.1f} GB/s read" if "read_gb_per_s" in row else "",
+    ]
+    return "*" + ", ".join(p for p in parts if p) + ".*"
+
+
+def size(n: float) -> str:
+    return f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.0f} KiB"
+
+
+def demo(rows: Rows) -> str:
+    """One line a policy, as the demo prints it."""
+    base = next(r for r in rows if r["policy"] == "DynamicCache")
+    body = [
+        [
+            "`DynamicCache`, unwrapped",
+            "",
+            "",
+            "",
+            size(base["nbytes"]),
+            "100 %",
+            "",
+            f"{base['ms_per_token']:.2f}",
+            "1.00",
+        ]
+    ]
+    for name in dict.fromkeys(r["name"] for r in rows if r["name"] in NAMES):
+        by = {r["task"]: r for r in rows if r["name"] == name}
+        p = by["passkey"]
+        body.append(
+            [
+                NAMES[name],
+                f"{p['accuracy']:.0%}",
+                f"{by['recall']['accuracy']:.0%}",
+                f"{by['text']['bits_per_byte']:.3f}",
+                size(p["nbytes"]),
+                f"{p['nbytes'] / p['full_nbytes']:.0%}",
+                f"{p['read']:.0f}",
+                f"{p['ms_per_token']:.2f}",
+                f"{p['ratio']:.2f}",
+            ]
+        )
+    head = ["Policy", "Passkey right", "Recall right", "Text, bits/byte", "Cache held", "of full", "Read per step",
+            "Decode, ms/token", "Ratio to DynamicCache"]  # fmt: skip
+    p = next(r for r in rows if r["task"] == "passkey")
+    note = f"{p['samples']} questions per task, context {p['length']:,} tokens. {machine(rows[0])}"
+    return f"{markdown(head, body)}\n\n{note}"
+
+
+def generate(rows: Rows) -> str:
+    """Decode time behind a context, against the baselines and the limit."""
+    body = []
+    for r in rows:
+        body.append(
+            [
+                f"`{r['policy']}`",
+                f"{r['length']:,}",
+                size(r["nbytes"]),
+                f"{r['ms_per_token']:.1f}",
+                f"**{r['ratio']:.2f}**" if r["backend"] != "transformers" else f"{r['ratio']:.2f}",
+                f"{r['limit_ms']:.1f}",
+                f"{r['of_limit']:.0%}",
+            ]
+        )
+    head = ["Cache", "Context", "Held", "ms/token", "Ratio to DynamicCache", "Limit, ms", "of limit"]
+    return f"{markdown(head, body)}\n\n{machine(rows[0])}"
+
+
+def budgets(task: str) -> Callable[[Rows], str]:
+    """Policies down, budgets across."""
+
+    def render(rows: Rows) -> str:
+        mine = [r for r in rows if r["task"] == task]
+        shares = sorted({r["budget"] for r in mine if r["budget"] != 1.0}, reverse=True)
+        body = []
+        for name in dict.fromkeys(r["name"] for r in mine):
+            cells = {r["budget"]: cell(r) for r in mine if r["name"] == name}
+            values = [cells[1.0], *[""] * (len(shares) - 1)] if 1.0 in cells else [cells.get(s, "") for s in shares]
+            body.append([NAMES.get(name, f"`{name}`") + (" (no budget)" if 1.0 in cells else ""), *values])
+        head = ["Policy", *(f"1/{round(1 / s)}" for s in shares)]
+        first = mine[0]
+        unit = "windows" if task == "text" else "questions"
+        note = f"{first['samples']} {unit}, context {first['length']:,} tokens. {machine(first)}"
+        return f"{markdown(head, body)}\n\n{note}"
+
+    return render
+
+
+def cell(row: dict[str, Any]) -> str:
+    if "accuracy" not in row:
+        return f"{row['bits_per_byte']:.3f}"
+    low, high = row["interval"]
+    return f"{row['accuracy']:.0%} ({low * 100:.0f}–{high * 100:.0f})"
+
+
+def kernel(found: dict[str, Any]) -> str:
+    """Any kernel bench: its rows as they are."""
+    rows = found["rows"]
+    head = list(rows[0])
+    body = [[_number(r.get(name)) for name in head] for r in rows]
+    return f"{markdown(head, body)}\n\n{machine(found.get('machine', {}))}"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "demo": ("demo/report.json", demo),
+    "generate": ("generate/report.json", generate),
+    "eval-passkey": ("eval/report.json", budgets("passkey")),
+    "eval-recall": ("eval/report.json", budgets("recall")),
+    "eval-text": ("eval/report.json", budgets("text")),
+}
+
+
+def render(name: str) -> str:
+    """The table called ``name``, in Markdown."""
+    if name.startswith("cpu_"):
+        file, function = f"{name}.json", kernel
+    else:
+        file, function = TABLES[name]
+    path = RESULTS / file
+    return function(json.loads(path.read_text())) if path.is_file() else MISSING
+
+
+def filled(text: str) -> str:
+    """``text`` with every table made anew."""
+    return re.sub(
+        r"(<!-- table ([\w/-]+) -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{render(m[2])}\n{m[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a table is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        old = path.read_text()
+        new = filled(old)
+        if new != old:
+            stale.append(page)
+            if not check:
+                path.write_text(new)
+    if check and stale:
+        print(f"out of date: {', '.join(stale)}; run python bench/tables.py", file=sys.stderr)
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
