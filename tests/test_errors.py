@@ -101,9 +101,12 @@ def test_a_cache_needs_a_wrapped_model():
 
 
 def state(cache):
-    return cache.seen_tokens, [cache.kept(i).tolist() for i in range(3)], cache.nbytes, [
-        cache.positions(i, 0, 1).tolist() for i in range(3)
-    ]
+    return (
+        cache.seen_tokens,
+        [cache.kept(i).tolist() for i in range(3)],
+        cache.nbytes,
+        [cache.positions(i, 0, 1).tolist() for i in range(3)],
+    )
 
 
 REFUSED = [

@@ -2,8 +2,8 @@
 
     python bench/end_to_end/generate.py [--context 2048 8192 32768] [--out bench/results/generate]
 
-Writes report.json into --out. What is measured and how: kvcache.evaluation.generate_bench. The JSON names the machine and
-the load it was under.
+Writes report.json into --out. What is measured and how: kvcache.evaluation.generate_bench. The JSON names the machine
+and its load.
 """
 
 import sys

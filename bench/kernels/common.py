@@ -48,14 +48,18 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def compare(runs: dict[str, Callable[[int], object]], copies: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each ``run(copy)``. Each goes through all copies before the next one's turn."""
+    """Median seconds of each ``run(copy)``. Each goes through all copies before the next one's turn, slow ones through 3."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # warm up: pages of memory, lazy initialisation
         run(0)
     for i in range(rounds):
         order = list(runs)
         for name in order[i % len(order) :] + order[: i % len(order)]:
-            times[name] += [seconds(lambda c=c, name=name: runs[name](c)) for c in range(copies)]
+            start = time.perf_counter()
+            for c in range(copies):
+                if c >= 3 and time.perf_counter() - start > 0.3:
+                    break
+                times[name].append(seconds(lambda c=c, name=name: runs[name](c)))
     return {name: median(x) for name, x in times.items()}
 
 

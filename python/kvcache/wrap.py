@@ -160,7 +160,8 @@ def attention_tiers(model: PreTrainedModel, count: int) -> frozenset[int]:
         size = getattr(module, "head_dim", 0)
         if isinstance(size, int) and size > MAX_HEAD_SIZE:
             raise ValueError(
-                f"{type(module).__name__} of layer {index} has heads of size {size}; kvcache reads up to {MAX_HEAD_SIZE}"
+                f"{type(module).__name__} of layer {index} has heads of size {size}; "
+                f"kvcache reads up to {MAX_HEAD_SIZE}"
             )
         found[index] = found.get(index, False) or transforms
     missing = [i for i in range(count) if i not in found]

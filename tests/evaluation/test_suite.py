@@ -101,7 +101,7 @@ def test_compressed_caches_hold_their_budget(wrapped):
     h2o = generate_answers(wrapped, "h2o(heavy=16, recent=16)", examples)
     assert h2o.held.read == 32
     assert h2o.held.nbytes == pytest.approx(h2o.held.full_nbytes * 32 / examples[0].question_start, rel=1e-3)
-    select = generate_answers(wrapped, "tokenselect(k=12, sinks=4, local=16, chunk=16)", examples)
+    select = generate_answers(wrapped, "tokenselect(k=20, sinks=4, local=8, chunk=8)", examples)
     assert select.held.nbytes >= select.held.full_nbytes
     assert 32 <= select.held.read <= 33  # the newest token may join a reused selection
 

@@ -518,7 +518,11 @@ def test_fork_export_and_import_continue_alike(policy, backend):
         )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+# One more each whose rows remember something of their own: a selection that is never renewed, a share of the prompt.
+@pytest.mark.parametrize(
+    "policy",
+    [*POLICIES, "tokenselect(k=4, sinks=2, local=4, reuse=-1, chunk=4)", "h2o(heavy=0.3, recent=0.2)"],
+)
 def test_rows_can_be_reordered_repeated_and_selected(policy, backend):
     model = kvcache.wrap(build(), policy, page_size=4)
     ids, mask = batch()

@@ -75,9 +75,7 @@ def test_unwrap_restores_the_attention_implementation_that_was_chosen(implementa
     kvcache.wrap(model)
     kvcache.unwrap(model)
     assert model.config._attn_implementation == implementation
-    assert all(
-        m.config._attn_implementation == implementation for m in model.modules() if hasattr(m, "layer_idx")
-    )
+    assert all(m.config._attn_implementation == implementation for m in model.modules() if hasattr(m, "layer_idx"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

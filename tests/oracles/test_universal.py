@@ -254,9 +254,7 @@ def test_o9_bytes_are_what_the_pool_holds(name, page_size, backend):
     cache = result.cache
     (storage,) = cache.engine.storages.values()
     page_bytes = page_size * 2 * 16 * 4
-    pages = sum(
-        math.ceil(int(n) / page_size) for i in range(LAYERS) for n in cache.kept(i).flatten()
-    )
+    pages = sum(math.ceil(int(n) / page_size) for i in range(LAYERS) for n in cache.kept(i).flatten())
     assert storage.pool.used == pages
     assert cache.nbytes == pages * page_bytes == cache.report().nbytes
     assert cache.full_nbytes == LAYERS * 2 * TOTAL * 2 * 16 * 4 == cache.report().full_nbytes

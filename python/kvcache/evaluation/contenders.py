@@ -41,15 +41,16 @@ def contender(name: str, length: int, share: float, layers: int) -> Contender:
     """``name`` with a budget of ``share`` of ``length`` tokens, on a model of ``layers`` layers.
 
     Random eviction protects as many recent tokens as H2O, so that the two differ only in how the other half is chosen.
-    SkipDecode has no token budget: it runs three quarters of the layers at the end of the context.
+    TokenSelect's k and local stand about as the paper's defaults do. SkipDecode has no token budget: it runs three
+    quarters of the layers at the end of the context.
     """
     budget = max(round(length * share), 2 * SINKS + 2)
-    half = budget // 2
+    half, local = budget // 2, budget // 4
     texts = {
         "full": "full",
         "streamingllm": f"streamingllm(sinks={SINKS}, window={budget - SINKS})",
         "h2o": f"h2o(heavy={budget - half}, recent={half})",
-        "tokenselect": f"tokenselect(k={budget - half - SINKS}, sinks={SINKS}, local={half}, chunk={half})",
+        "tokenselect": f"tokenselect(k={budget - local - SINKS}, sinks={SINKS}, local={local}, chunk={local})",
         "skipdecode": f"skipdecode(min_layers={max(1, layers * 3 // 4)}, max_layers={layers}, horizon={length})",
         "window": f"streamingllm(sinks=0, window={budget})",
         "random": f"randomeviction(keep={budget}, recent={half})",

@@ -20,8 +20,8 @@ frequent_words  ``~abc def abc ghi abc !abc.``                                 t
 >>> generator = TaskGenerator(seed=0, split="held_out")
 >>> tokens, kinds = generator.passkey(length=1024, needles=8, queries=1)      # one training or scoring sequence
 >>> example = generator.example("passkey", length=1024)                       # a prompt and the answer to generate
->>> example.prompt.shape, example.answer.tobytes()[-1:]
-((1024,), b';')
+>>> example.prompt.shape, example.answer_text[-1]
+((1024,), ';')
 """
 
 from __future__ import annotations
@@ -382,7 +382,8 @@ class TaskGenerator:
             "frequent_words": (_KEY + 1, 1),
         }.get(task, (0, 0))
         tokens, _ = self.sample(task, length + said, **{**defaults.get(task, {}), **options})
-        return Example(tokens[:length], tokens[length:], task, length - asked)
+        answer = tokens[length : length + _KEY] if task == "frequent_words" else tokens[length:]  # not its full stop
+        return Example(tokens[:length], answer, task, length - asked)
 
     # pieces
 

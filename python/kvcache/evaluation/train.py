@@ -41,6 +41,8 @@ __all__ = ["STAGES", "Stage", "build_model", "build_tokenizer", "evaluate", "exp
 
 VOCABULARY = 256
 _WARMUP = 50
+_SINKS = 4
+_WINDOWS = (24, 256)  # of a streaming batch, drawn log-uniformly
 _SCORED_TASKS = tuple(task for task in TASKS if task != "text")
 
 
@@ -60,7 +62,10 @@ class Stage:
     ``gate`` holds the held-out accuracies, at the longest length, that end the stage.  A round keeps its learning rate
     for ``1 - decay`` of its ``steps`` and then lowers it to ``floor`` of its value.  ``per_sequence`` lets the answers
     of every sequence weigh the same, instead of every answer byte: late, the hundreds of bytes of a copy, long learned,
-    would drown the three of a frequent word.
+    would drown the three of a frequent word.  ``streaming`` is the share of batches that are text read through a
+    window: every query sees the first ``_SINKS`` tokens and its own recent ones.  That gives the heads one target that
+    is always there, BOS, to rest on when they look for nothing: the attention sink that larger models grow by
+    themselves (StreamingLLM, arXiv 2309.17453, section 3.3, trains such a token on purpose, too).
     """
 
     name: str
@@ -75,6 +80,7 @@ class Stage:
     adam_lr: float = 3e-3
     export: bool = True
     per_sequence: bool = False
+    streaming: float = 0.0
 
     @property
     def length(self) -> int:
@@ -116,6 +122,11 @@ STAGES: tuple[Stage, ...] = (
         "f-2048", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.5), Shape(512, 8, 0.15), Shape(256, 8, 0.1)), 1700,
         _mix(0.3, 0.5, 2.5, 0.6, 0.9, 0.6), 0.005, dict.fromkeys(_ALL, 0.95), decay=0.7, floor=0.01, max_rounds=2,
         per_sequence=True,
+    ),
+    Stage(
+        "g-sink", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.55), Shape(512, 8, 0.2)), 600,
+        _mix(0.3, 0.7, 1.5, 0.6, 0.9, 0.6), 0.003, dict.fromkeys(_ALL, 0.95), decay=0.8, floor=0.01, max_rounds=2,
+        adam_lr=1e-3, per_sequence=True, streaming=0.5,
     ),
 )  # fmt: skip
 
@@ -202,10 +213,16 @@ def export(model: Qwen3ForCausalLM, out: Path) -> None:
 # --- scores -------------------------------------------------------------------------------------------------------
 
 
-def _logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Next-token logits, ``[batch, length, vocabulary]``, computed in bfloat16."""
+def _logits(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Next-token logits, ``[batch, length, vocabulary]``, computed in bfloat16; ``mask`` as :func:`streaming_mask`."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return model(input_ids=tokens, use_cache=False).logits
+        return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+
+def streaming_mask(length: int, window: int, sinks: int) -> torch.Tensor:
+    """Which keys each query sees through a window with attention sinks, ``[1, 1, length, length]`` bool."""
+    age = torch.arange(length)[:, None] - torch.arange(length)
+    return ((age >= 0) & ((age < window) | (torch.arange(length) < sinks)))[None, None]
 
 
 @torch.no_grad()
@@ -326,8 +343,12 @@ def _round(model: torch.nn.Module, stage: Stage, index: int, number: int, seed: 
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         shape = stage.shapes[draw.choice(len(weights), p=weights / weights.sum())]
-        tokens, kinds = (torch.from_numpy(a) for a in generator.batch(shape.batch, shape.length, stage.mix))
-        logits = _logits(model, tokens)[:, :-1].float()
+        mix, mask = stage.mix, None
+        if stage.streaming and draw.random() < stage.streaming:
+            window = int(np.exp(draw.uniform(*np.log(_WINDOWS))))
+            mix, mask = {"text": 1.0}, streaming_mask(shape.length, window, _SINKS)
+        tokens, kinds = (torch.from_numpy(a) for a in generator.batch(shape.batch, shape.length, mix))
+        logits = _logits(model, tokens, mask)[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         kind = kinds[:, 1:]
         text, answer = kind == Kind.TEXT, kind > Kind.TEXT
@@ -484,10 +505,11 @@ that training documents share word for word, about a tenth:
 
 Stages of growing length. Each repeats rounds of training until its own tasks pass on held-out sequences; every round
 has its own learning-rate schedule. Muon on the matrices, AdamW on embeddings and norms, bfloat16 autocast, loss = mean
-over text bytes + mean over answer bytes. `training_log.jsonl` has every round.
+over text bytes + mean over answer bytes (from stage e on, every sequence's answers weigh the same instead).
+`training_log.jsonl` has every round.
 
 {stages}
-
+{notes}
 ## Data
 
 Made on the machine that trains, without a download: the `pydoc` topics and the docstrings of the standard library of
@@ -545,6 +567,7 @@ def model_card(log: Path) -> str:
         table="\n".join(table),
         bits="\n".join(bits_table),
         stages="\n".join(recipe),
+        notes="".join(f"\n{e['text']}\n" for e in events if e["event"] == "note"),
         train_bytes=start["corpus"]["train"],
         held_bytes=start["corpus"]["held_out"],
     )
