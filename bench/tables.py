@@ -67,7 +67,7 @@ def demo(rows: Rows) -> str:
             "",
             "",
             size(base["nbytes"]),
-            "100 %",
+            "100%",
             "",
             f"{base['ms_per_token']:.2f}",
             "1.00",
@@ -145,7 +145,7 @@ def cell(row: dict[str, Any]) -> str:
 def kernel(found: dict[str, Any]) -> str:
     """Any kernel bench: its rows as they are."""
     rows = found["rows"]
-    head = list(rows[0])
+    head = [name for name, value in rows[0].items() if not isinstance(value, dict)]
     body = [[_number(r.get(name)) for name in head] for r in rows]
     return f"{markdown(head, body)}\n\n{machine(found.get('machine', {}))}"
 

@@ -48,7 +48,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def compare(runs: dict[str, Callable[[int], object]], copies: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each ``run(copy)``. Each goes through all copies before the next one's turn, slow ones through 3."""
+    """Median seconds of each ``run(copy)``. Each goes through all copies (slow ones: 3) before the next one's turn."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():  # warm up: pages of memory, lazy initialisation
         run(0)

@@ -66,12 +66,13 @@ inline void selection_items(const SelectionParams& p, int64_t begin, int64_t end
     }
     for (int g = 0; g < group && p.soft; ++g) {
       float* line = kept + g * view.capacity;
-      const Vec level = splat(masses[g] > 0 ? peaks[g] + log2f(masses[g]) : 0.0f);
+      // Not exp2(x - log-sum-exp): for logits of 1e5 that sum has lost the mass's digits.
+      const Vec level = splat(masses[g] > 0 ? peaks[g] : 0.0f), factor = splat(masses[g] > 0 ? 1.0f / masses[g] : 0.0f);
       int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) store(line + i, exp2(load(line + i) - level));
+      for (; i + kLanes <= count; i += kLanes) store(line + i, exp2(load(line + i) - level) * factor);
       if (i < count) {
         float lanes[kLanes];
-        store(lanes, exp2(load_first(line + i, int(count - i)) - level));
+        store(lanes, exp2(load_first(line + i, int(count - i)) - level) * factor);
         memcpy(line + i, lanes, size_t(count - i) * 4);
       }
     }

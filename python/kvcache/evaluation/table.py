@@ -125,11 +125,12 @@ def _title(c: Contender) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """An expectation from the literature and what was measured."""
+    """An expectation from the literature and what was measured; ``certain``: more than chance can explain."""
 
     text: str
     measured: str
     holds: bool
+    certain: bool = True
 
 
 def claims(found: Sequence[Measured], share: float = 1 / 8) -> list[Claim]:
@@ -163,7 +164,8 @@ def claims(found: Sequence[Measured], share: float = 1 / 8) -> list[Claim]:
                     text,
                     f"{by[better].bits.mean:.3f} against {by[worse].bits.mean:.3f} bits/byte, "
                     f"difference {gap.mean():.3f} ± {half:.3f}",
-                    bool(gap.mean() > 0),
+                    holds=bool(gap.mean() > 0),
+                    certain=bool(abs(gap.mean()) > half),
                 )
             )
     return made
@@ -220,7 +222,8 @@ def run(
     _show_cost(screen, rows, times["DynamicCache"])
     for claim in claims(found):
         mark, colour = ("✓", "green") if claim.holds else ("✗", "red")
-        screen.print(f"[{colour}]{mark}[/] {claim.text} [dim]({claim.measured}, budget 1/8)[/]")
+        doubt = "" if claim.certain else "; may be chance"
+        screen.print(f"[{colour}]{mark}[/] {claim.text} [dim]({claim.measured}, budget 1/8{doubt})[/]")
     report = write_report(out, rows)
     plot = plot_budgets(rows, out / "eval.png")
     spent = time.perf_counter() - began
