@@ -16,7 +16,6 @@ from .engine import Engine, Layer, Step
 from .layers import wrapped_state
 from .policies import Policy, compose, parse_policy
 from .report import Report
-from .rotation import Rotation
 from .store import STORAGE_DTYPES
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ class KVCache(Cache):
         dtype = check_options(page_size, state.kv_dtype if kv_dtype is None else kv_dtype, max_tokens)
         state.check_policy(model, resolved)
         state.route(model, resolved)
-        rotation = Rotation(model) if resolved.positions == "compact" else None
+        rotation = state.rotation(model) if resolved.selects else None
         self._adopt(
             Engine(
                 resolved, state.windows, page_size=page_size, kv_dtype=dtype, max_tokens=max_tokens, rotation=rotation

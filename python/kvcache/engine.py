@@ -51,6 +51,7 @@ class Step:
     prompt: bool
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
     skipped: set[int] = field(default_factory=set)  # layers that no token runs
+    angles: tuple[Tensor, Tensor] | None = None  # what turns queries back to position 0
     _starts: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -211,6 +212,23 @@ class LayerView:
         """Add to an event counter that ``cache.report()`` shows."""
         self._layer.counters[event] += times
 
+    def without_rotation(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """``queries`` [rows, query_heads, T, D] with the rotation to their ``positions`` [rows, T] taken off.
+
+        What queries of different steps must be compared by. As they are, if the model has no rotation, none that is
+        known, or the policy votes with queries at fixed places (compact positions).
+        """
+        engine = self._layer.engine
+        if engine.compact or engine.rotation is None:
+            return queries
+        step = engine.step
+        assert step is not None
+        if positions is not step.positions:
+            return engine.rotation.unrotate(queries, positions)
+        if step.angles is None:  # the same for all layers
+            step.angles = engine.rotation.angles(positions, -1.0)
+        return engine.rotation.turn(queries, *step.angles)
+
     def vote(self, query: Tensor, first: Tensor, end: Tensor, *, soft: bool = True, scale: float = 1.0) -> Tensor:
         """Votes [rows, 1, capacity] of the query heads of ``query`` [rows, query_heads, Dk]: ops.selection_scores."""
         s = self._store
@@ -241,6 +259,9 @@ class Engine:
         self.policy = policy
         self.page_size, self.kv_dtype, self.max_tokens = page_size, kv_dtype, max_tokens
         self.rotation = rotation
+        self.compact = policy.positions == "compact"
+        if self.compact and rotation is None:
+            raise ValueError(f"{policy} needs the model's rotation")
         self.layers = [Layer(self, i, w) for i, w in enumerate(windows)]
         self.storages: dict[tuple, PageStorage] = {}
         self.seen = 0
@@ -354,7 +375,8 @@ class Engine:
         layer.undo = (step, dict(layer.state), len(layer.pending), scores)
         active = step.routed.get(layer.index)
         positions = step.positions if active is None else torch.where(active, step.positions, -1)
-        if self.rotation is not None:
+        if self.compact:
+            assert self.rotation is not None
             k = self.rotation.unrotate(k, step.positions)
         new_columns = None
         if self.policy.columns:
@@ -399,7 +421,7 @@ class Engine:
         if active is not None:
             positions, reach = torch.where(active, positions, -1), torch.where(active, reach, -1)
         selecting = self.policy.selects and layer.window is None
-        if self.rotation is not None:
+        if self.compact:
             return self._attend_compact(layer, q, positions, reach, ask, selecting)
         mask = self._slot_mask(step, pages, ask.mask)
         start = None if layer.window is None else step.window_start(layer.window)
@@ -424,9 +446,14 @@ class Engine:
         return out
 
     def _is_plain(self, layer: Layer, step: Step, ask: Attention, dtype: torch.dtype) -> bool:
-        """Whether torch's dense causal attention over the new tokens alone is the answer."""
+        """Whether torch's dense causal attention over the new tokens alone is the answer, and the faster way to it.
+
+        Torch multiplies bfloat16 in matrix tiles (AMX) where the processor has them; in float32 and float16 our own
+        kernel is ahead (bench/results/cpu_prefill_attention.json).
+        """
         return (
             layer.was_empty
+            and dtype == torch.bfloat16
             and not self.policy.needs
             and not step.padded
             and layer.index not in step.routed

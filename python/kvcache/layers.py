@@ -37,6 +37,7 @@ class WrappedState:
     original: str
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
+    _rotation: tuple[Rotation | None, ...] = ()  # looked for at the first need
 
     def check_policy(self, model: PreTrainedModel, policy: Policy) -> None:
         """ValueError if ``policy`` cannot work on this model; nothing is changed."""
@@ -54,6 +55,15 @@ class WrappedState:
             Rotation(model)
         if policy.schedules:
             decoder_layers(model, len(self.windows))
+
+    def rotation(self, model: PreTrainedModel) -> Rotation | None:
+        """The model's rotation, if it has one that is understood."""
+        if not self._rotation:
+            try:
+                self._rotation = (Rotation(model),)
+            except ValueError:
+                self._rotation = (None,)
+        return self._rotation[0]
 
     def route(self, model: PreTrainedModel, policy: Policy) -> None:
         """Make the decoder layers follow a schedule once a policy has one."""

@@ -40,9 +40,17 @@ class Rotation:
 
     def rotate(self, x: Tensor, positions: Tensor, sign: float = 1.0) -> Tensor:
         """x [R, H, T, D] turned by ``positions`` [R, T]; the first 2 * len(inv_freq) channels, halves paired."""
-        angle = positions.to(torch.float32)[:, None, :, None] * self.inv_freq.to(x.device)
-        cos, sin = angle.cos(), angle.sin() * sign
-        half = self.inv_freq.numel()
+        return self.turn(x, *self.angles(positions, sign))
+
+    def angles(self, positions: Tensor, sign: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotation to ``positions`` [R, T], [R, 1, T, half] each; ``sign`` -1: back."""
+        angle = positions.to(torch.float32)[:, None, :, None] * self.inv_freq
+        return angle.cos(), angle.sin() * sign
+
+    @staticmethod
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [R, H, T, D] turned by what :meth:`angles` gave."""
+        half = cos.shape[-1]
         a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
         return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], -1)
 

@@ -79,10 +79,9 @@ def replay(model, result, policy, active):
 
 def select_oracle(model, select, active=None):
     values = {n: getattr(select, n) for n in ("k", "sinks", "local", "reuse", "chunk", "vote")}
-    if select.positions == "compact":
-        frequencies = model.model.rotary_emb.inv_freq
-        return CompactOracle(**values, prompt=PROMPT, active=active, inverse_frequencies=frequencies)
-    return TokenSelectOracle(**values, prompt=PROMPT, active=active)
+    kind = CompactOracle if select.positions == "compact" else TokenSelectOracle
+    frequencies = model.model.rotary_emb.inv_freq
+    return kind(**values, prompt=PROMPT, active=active, inverse_frequencies=frequencies)
 
 
 @pytest.mark.parametrize("name", ["h2o", "h2o-max", "h2o-ratio", "h2o-heavy", "h2o|skipdecode"])

@@ -184,7 +184,11 @@ class H2OOracle(Oracle):
 class TokenSelectOracle(Oracle):
     """TokenSelect from its paper, with original positions: selects by the soft vote, reuses by cosine similarity."""
 
-    def __init__(self, k, sinks, local, reuse, chunk, prompt, vote="soft", active=None) -> None:
+    def __init__(
+        self, k, sinks, local, reuse, chunk, prompt, vote="soft", active=None, inverse_frequencies: Tensor | None = None
+    ) -> None:
+        if inverse_frequencies is not None:
+            self.frequencies = torch.cat([inverse_frequencies, inverse_frequencies]).double()
         self.k, self.sinks, self.local, self.reuse = k, sinks, local, reuse
         self.chunk, self.prompt, self.vote, self.active = min(chunk, local), prompt, vote, active
         self.read: dict[int, dict[int, list[int]]] = {}  # layer -> first query of the step -> positions read
@@ -194,12 +198,19 @@ class TokenSelectOracle(Oracle):
         chunks = [range(a, min(a + self.chunk, self.prompt)) for a in range(0, self.prompt, self.chunk)]
         return chunks + [range(t, t + 1) for t in range(self.prompt, tokens)]
 
-    def select(self, layer: int, query: Tensor, k: Tensor, end: int, memory: dict) -> list[int] | None:
-        """Positions that a step reads. query [Hq, D]; k [H, T, D]; the step's own tokens end at ``end``."""
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        angle = positions.double()[:, None] * self.frequencies
+        half = x.shape[-1] // 2
+        swapped = torch.cat([-x[..., half:], x[..., :half]], -1)
+        return x * angle.cos() + swapped * angle.sin()
+
+    def select(self, layer: int, query: Tensor, plain: Tensor, k: Tensor, end: int, memory: dict) -> list[int] | None:
+        """Positions that a step reads. query [Hq, D], by which steps are compared: plain [Hq, D]; k [H, T, D]; the
+        step's own tokens end at ``end``."""
         if end <= self.sinks + self.k + self.local:
             return None
         if "query" in memory:
-            a, b = query.flatten(), memory["query"].flatten()
+            a, b = plain.flatten(), memory["query"].flatten()
             if float(a @ b / (a.norm() * b.norm())) >= self.reuse:
                 memory["list"] = sorted({*memory["list"], *range(memory["end"], end)})
                 memory["end"] = end
@@ -217,14 +228,16 @@ class TokenSelectOracle(Oracle):
             self.gap = min(self.gap, (last - out) / abs(last))
         chosen = {self.sinks + i for i in best}
         read = sorted({*range(self.sinks), *chosen, *range(max(end - self.local, 0), end)})
-        memory.update(query=query, list=read, end=end)
+        memory.update(query=plain, list=read, end=end)
         return read
 
     def visible(self, layer, q, k, probabilities):
         seen = super().visible(layer, q, k, probabilities)
         memory, self.read[layer] = {}, {}
+        origin = self.turn(q, -torch.arange(q.shape[1]))
         for step in self.steps(q.shape[1]):
-            read = self.select(layer, q[:, step.start : step.stop].mean(1), k, step.stop, memory)
+            query, plain = (x[:, step.start : step.stop].mean(1) for x in (q, origin))
+            read = self.select(layer, query, plain, k, step.stop, memory)
             if read is not None:
                 seen[:, step.start : step.stop] = False
                 seen[:, step.start : step.stop, read] = True
@@ -235,16 +248,6 @@ class TokenSelectOracle(Oracle):
 class CompactOracle(TokenSelectOracle):
     """TokenSelect with clipped compact positions: what is read is rotated by its index in the list."""
 
-    def __init__(self, *args, inverse_frequencies: Tensor, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.frequencies = torch.cat([inverse_frequencies, inverse_frequencies]).double()
-
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        angle = positions.double()[:, None] * self.frequencies
-        half = x.shape[-1] // 2
-        swapped = torch.cat([-x[..., half:], x[..., :half]], -1)
-        return x * angle.cos() + swapped * angle.sin()
-
     def attend(self, layer, q, k, v, causal, logits):
         tokens = q.shape[1]
         raw_q, raw_k = self.turn(q, -torch.arange(tokens)), self.turn(k, -torch.arange(tokens))
@@ -254,7 +257,7 @@ class CompactOracle(TokenSelectOracle):
             own = torch.arange(step.start, step.stop)
             part = raw_q[:, own]
             voting = self.turn(part, self.local + torch.arange(len(own))).mean(1)
-            read = self.select(layer, voting, raw_k, step.stop, memory)
+            read = self.select(layer, voting, voting, raw_k, step.stop, memory)
             self.read[layer][step.start] = read
             listed = torch.arange(step.stop) if read is None else torch.tensor(read)
             keys = self.turn(raw_k[:, listed], torch.arange(len(listed)))

@@ -22,7 +22,8 @@ class TokenSelect(Policy):
     Source: arXiv 2411.02886 (EMNLP 2025), section 4. Each query head takes the softmax of its dot products with the
     candidate keys, without the usual 1/sqrt(D), and the heads' probabilities are summed (soft vote, Eq. 7). Heads of
     a group score their own kv head (h // group). The Selection Cache (Algorithm 1) keeps a layer's selection while
-    the cosine similarity of the new query with the one that made it is at least ``reuse``; tokens that left the local
+    the cosine similarity of the new query with the one that made it, both without their rotation (the paper rotates all
+    of them to one place), is at least ``reuse``; tokens that left the local
     window meanwhile stay readable until the next selection.
 
     Arguments
@@ -69,48 +70,81 @@ class TokenSelect(Policy):
         return self.local
 
     def select(self, layer: LayerView, queries: Tensor, positions: Tensor) -> Selection | None:
+        state = layer.state
         end = positions.amax(1) + 1
+        if queries.shape[2] == 1 and state.get("steady") and int(end.min()) > 0:
+            return self._decode(layer, queries, positions, end)
         asks = end > 0  # the other rows bring nothing but padding here: they change nothing and read what they have
         held = layer.entries_before(torch.where(asks, end, torch.iinfo(torch.int32).max))
         # A row with no more than this reads all of it, also beside longer rows, and selects later.
         small = ~asks | (held <= self.sinks + self.k + self.local)
-        state = layer.state
         if "made" not in state and bool(small.all()):
             return None
         real = (positions >= 0).to(queries.dtype)[:, None, :, None]
-        query = (queries * real).sum(2) / real.sum(2).clamp(min=1)
+        query, plain = (
+            (x * real).sum(2) / real.sum(2).clamp(min=1) for x in (queries, layer.without_rotation(queries, positions))
+        )
         if "made" not in state:
             rows = len(end)
             index = torch.full((rows, 1, self.sinks + self.k + self.local), -1, dtype=torch.int32)
             nothing = torch.zeros(rows, dtype=torch.int32)
             state.update(
-                made=nothing.bool(), query=torch.zeros_like(query), index=index, counts=nothing[:, None], until=nothing
+                made=nothing.bool(), query=torch.zeros_like(plain), index=index, counts=nothing[:, None], until=nothing
             )
-        similarity = torch.cosine_similarity(query.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
+        similarity = torch.cosine_similarity(plain.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
         stale = ~small & (~state["made"] | (similarity < self.reuse))
         layer.count("selections", int(stale.sum()))
         layer.count("reuses", int((~small & ~stale).sum()))
         kept = self._extend(layer, torch.where(asks | ~state["made"], held, state["until"]))
-        if not bool(stale.any()):
-            return kept
-        return self._select(layer, query, end, held, stale, kept)
+        chosen = self._select(layer, query, plain, end, held, stale, kept) if bool(stale.any()) else kept
+        state["steady"] = bool(state["made"].all())
+        return chosen
 
-    def _select(
-        self, layer: LayerView, query: Tensor, end: Tensor, held: Tensor, stale: Tensor, kept: Selection
-    ) -> Selection:
-        """Select anew for the ``stale`` rows; the others keep ``kept``."""
-        state = layer.state
+    def _decode(self, layer: LayerView, queries: Tensor, positions: Tensor, end: Tensor) -> Selection:
+        """One query per row, every row with a selection: what :meth:`select` does, in few operations."""
+        state, rows, held = layer.state, len(end), layer.entries_before(end)
+        query, plain = queries[:, :, 0], layer.without_rotation(queries, positions)[:, :, 0]
+        similarity = torch.cosine_similarity(plain.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
+        least, most = (float(x) for x in torch.aminmax(similarity))
+        if least >= self.reuse:
+            layer.count("reuses", rows)
+            return self._extend(layer, held)
+        if most < self.reuse:
+            layer.count("selections", rows)
+            fresh = self._fresh(layer, query, end)
+            state.update(query=plain, index=fresh.index, counts=fresh.counts, until=held)
+            return fresh
+        stale = similarity < self.reuse
+        layer.count("selections", int(stale.sum()))
+        layer.count("reuses", int((~stale).sum()))
+        return self._select(layer, query, plain, end, held, stale, self._extend(layer, held))
+
+    def _fresh(self, layer: LayerView, query: Tensor, end: Tensor) -> Selection:
+        """The vote of ``query`` [rows, query_heads, D] over the entries before ``end`` [rows]."""
         first = torch.full_like(end, self.sinks)
         local = (end - self.local).clamp(min=self.sinks)
         scores = layer.vote(query, first, local, soft=self.vote == "soft")
         k = torch.full((len(end), 1), self.k, dtype=torch.int32)
-        fresh = layer.top(scores, k, first, local, end, width=self.sinks + self.k + self.local)
+        return layer.top(scores, k, first, local, end, width=self.sinks + self.k + self.local)
+
+    def _select(
+        self,
+        layer: LayerView,
+        query: Tensor,
+        plain: Tensor,
+        end: Tensor,
+        held: Tensor,
+        stale: Tensor,
+        kept: Selection,
+    ) -> Selection:
+        """Select anew for the ``stale`` rows; the others keep ``kept``. ``plain``: ``query`` without its rotation."""
+        state, fresh = layer.state, self._fresh(layer, query, end)
         width = max(kept.index.shape[2], fresh.index.shape[2])
         index = torch.where(stale[:, None, None], _widen(fresh.index, width), _widen(kept.index, width))
         counts = torch.where(stale[:, None], fresh.counts, kept.counts)
         state.update(
             made=state["made"] | stale,
-            query=torch.where(stale[:, None, None], query, state["query"]),
+            query=torch.where(stale[:, None, None], plain, state["query"]),
             index=index,
             counts=counts,
             until=torch.where(stale, held, state["until"]),
