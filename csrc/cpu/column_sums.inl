@@ -22,6 +22,7 @@ struct QueryRows {
   Range last, start;
   float* queries;           // [kQueryRows, kRowStep]
   float level[kQueryRows];  // log-sum-exp, base 2
+  int place[kQueryRows];    // token, counted from the first one of the stretch
   int32_t last_of[kQueryRows], start_of[kQueryRows];
   const bool* mask[kQueryRows];  // [capacity] or null
 };
@@ -39,15 +40,16 @@ inline void load_keys(const PagedView& view, const int32_t* table, KeyBlock& blo
   }
 }
 
-// Up to kQueryRows queries of one head that count, from `token` on. Moves `token` behind them.
+// Up to kQueryRows queries of one head that count, from `token` on and before `end`. Moves `token` behind them.
 inline void next_queries(const ColumnSumsParams& c, int64_t row, int64_t head, int64_t query_head,
-                         const KeyBlock& block, int64_t& token, QueryRows& rows) {
+                         const KeyBlock& block, int64_t& token, int64_t end, QueryRows& rows) {
   const AttentionParams& p = c.attention;
   const int64_t mask_line = row * p.mask_heads + (p.mask_heads == 1 ? 0 : head);
   const float factor = p.softcap > 0 ? p.scale : p.scale * kLog2E;
+  const int64_t first = token;
   rows.n = 0;
   rows.last = rows.start = Range();
-  for (; token < p.tokens && rows.n < kQueryRows; ++token) {
+  for (; token < end && rows.n < kQueryRows; ++token) {
     const int64_t place = row * p.tokens + token;
     const int32_t last = p.q_positions ? p.q_positions[place] : INT32_MAX;
     const int32_t start = p.window_start ? p.window_start[place] : INT32_MIN;
@@ -58,15 +60,17 @@ inline void next_queries(const ColumnSumsParams& c, int64_t row, int64_t head, i
     convert_row(target, DType::kFloat32, element(p.q.data, p.q.dtype, offset), p.q.dtype, p.view.k_dim);
     for (int i = 0; i < p.view.k_dim; ++i) target[i] *= factor;
     rows.level[rows.n] = lse * kLog2E;
+    rows.place[rows.n] = int(token - first);
     rows.last_of[rows.n] = last, rows.start_of[rows.n] = start;
     rows.last.add(last), rows.start.add(start);
     rows.mask[rows.n++] = p.mask ? p.mask + (mask_line * p.tokens + token) * p.view.capacity : nullptr;
   }
 }
 
-// mass[kColumnBlock] += exp2(logit - level) of the rows.
+// mass[kColumnBlock] += exp2(logit - level) of the rows; or, with `top` [kQueryRows, kColumnBlock], the larger of that and
+// what is there for each row's place.
 inline void add_mass(const AttentionParams& p, const KeyBlock& block, const QueryRows& rows, const float* bias,
-                     float* mass) {
+                     float* mass, float* top) {
   const bool all_visible = block.positions.high <= rows.last.low && block.positions.low >= rows.start.high;
   const float to_cap = p.softcap > 0 ? 1.0f / p.softcap : 0.0f, from_cap = p.softcap * kLog2E;
   const Vec unused[kVecs] = {};
@@ -92,7 +96,12 @@ inline void add_mass(const AttentionParams& p, const KeyBlock& block, const Quer
             const bool* seen = rows.mask[i + r] + block.first + first + j * kLanes;
             for (int l = 0; l < kLanes && first + j * kLanes + l < block.n; ++l) x[l] = seen[l] ? x[l] : 0.0f;
           }
-          total += x;
+          if (top) {
+            float* largest = top + rows.place[i + r] * kColumnBlock + first + j * kLanes;
+            store(largest, max(load(largest), x));
+          } else {
+            total += x;
+          }
         }
         store(target, total);
       }
@@ -106,11 +115,13 @@ inline void column_items(const ColumnSumsParams& c, int64_t begin, int64_t end) 
   const int64_t blocks = (p.view.capacity + kColumnBlock - 1) / kColumnBlock;
   const int group = p.query_heads / p.view.heads;
   static_assert(kColumnBlock % kPanel == 0 && kQueryRows % kRows == 0);
-  Arena arena(Arena::bytes_of(p.view.k_dim * kColumnBlock) + Arena::bytes_of(kQueryRows * kRowStep));
+  Arena arena(Arena::bytes_of(p.view.k_dim * kColumnBlock) + Arena::bytes_of(kQueryRows * kRowStep) +
+              Arena::bytes_of(kQueryRows * kColumnBlock));
   KeyBlock block;
   QueryRows rows;
   block.keys = arena.floats(p.view.k_dim * kColumnBlock);
   rows.queries = arena.floats(kQueryRows * kRowStep);
+  float* top = arena.floats(kQueryRows * kColumnBlock);  // [kQueryRows, kColumnBlock], weights of a stretch
   memset(rows.queries, 0, kQueryRows * kRowStep * 4);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t line = item / blocks, row = line / p.view.heads, head = line % p.view.heads;
@@ -124,21 +135,29 @@ inline void column_items(const ColumnSumsParams& c, int64_t begin, int64_t end) 
     block.positions.add(block.position, block.n);
     load_keys<T>(p.view, p.view.table + line * p.view.table_width, block);
     float reduced[kColumnBlock] = {}, bias_lanes[kColumnBlock] = {};
-    for (int g = 0; g < group; ++g) {
-      const int64_t query_head = head * group + g;
-      if (p.bias) {
-        const float* bias =
-            p.bias + (row * p.bias_heads + shared_head(p.bias_heads, p, head, query_head)) * p.view.capacity;
-        for (int i = 0; i < block.n; ++i) bias_lanes[i] = bias[block.first + i] * kLog2E;
+    const int64_t start = c.query_begin ? c.query_begin[row] : 0;
+    // The mean over the group may be taken at the end; the maximum belongs to each query, so that how a prompt is cut
+    // into pieces does not matter: stretches of queries small enough to keep every weight.
+    const int64_t stretch = c.reduce_max ? kQueryRows : (p.tokens > start ? p.tokens - start : 1);
+    for (int64_t from = start; from < p.tokens; from += stretch) {
+      const int64_t to = from + stretch < p.tokens ? from + stretch : p.tokens;
+      if (c.reduce_max) memset(top, 0, sizeof(float) * kQueryRows * kColumnBlock);
+      for (int g = 0; g < group; ++g) {
+        const int64_t query_head = head * group + g;
+        if (p.bias) {
+          const float* bias =
+              p.bias + (row * p.bias_heads + shared_head(p.bias_heads, p, head, query_head)) * p.view.capacity;
+          for (int i = 0; i < block.n; ++i) bias_lanes[i] = bias[block.first + i] * kLog2E;
+        }
+        float mass[kColumnBlock] = {};
+        for (int64_t token = from; token < to;) {
+          next_queries(c, row, head, query_head, block, token, to, rows);
+          add_mass(p, block, rows, p.bias ? bias_lanes : nullptr, mass, c.reduce_max ? top : nullptr);
+        }
+        for (int i = 0; i < block.n; ++i) reduced[i] += mass[i] / float(group);
       }
-      float mass[kColumnBlock] = {};
-      for (int64_t token = c.query_begin ? c.query_begin[row] : 0; token < p.tokens;) {
-        next_queries(c, row, head, query_head, block, token, rows);
-        add_mass(p, block, rows, p.bias ? bias_lanes : nullptr, mass);
-      }
-      for (int i = 0; i < block.n; ++i) {
-        if (c.reduce_max) reduced[i] = mass[i] > reduced[i] ? mass[i] : reduced[i];
-        else reduced[i] += mass[i] / float(group);
+      for (int q = 0; c.reduce_max && q < kQueryRows; ++q) {
+        for (int i = 0; i < block.n; ++i) reduced[i] += top[q * kColumnBlock + i];
       }
     }
     memcpy(c.sums + line * p.view.capacity + block.first, reduced, size_t(block.n) * 4);

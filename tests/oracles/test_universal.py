@@ -128,8 +128,7 @@ def test_o4_what_is_evicted_never_returns(name, backend):
                 assert new == sorted(set(new))
 
 
-# Which head's mass is the largest is asked per forward: kvcache's own option, declared to depend on the chunks.
-@pytest.mark.parametrize("name", [n for n in POLICIES if n != "h2o-max"])
+@pytest.mark.parametrize("name", POLICIES)
 def test_o5_a_prompt_in_chunks_is_the_prompt(name, backend):
     policy = POLICIES[name]
     size = policy.prefill_chunk  # set: the policy declares that its decisions depend on chunks of this size

@@ -157,8 +157,8 @@ class H2OOracle(Oracle):
 
         def add(queries):
             p = probabilities(seen)[:, queries].view(heads, -1, len(queries), tokens)
-            p = p[:, :, runs[queries]].sum(2)
-            scores.add_(p.mean(1) if self.group == "mean" else p.amax(1))
+            p = p[:, :, runs[queries]]
+            scores.add_((p.mean(1) if self.group == "mean" else p.amax(1)).sum(1))
 
         survivors = [set(range(self.prompt)) & set(runs.nonzero()[:, 0].tolist()) for _ in range(heads)]
         add(list(range(self.prompt)))

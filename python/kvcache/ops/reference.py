@@ -266,8 +266,8 @@ def column_sums(
 ) -> Tensor:
     """Attention mass that each entry received from the queries, given the log-sum-exp of :func:`prefill_attention`.
 
-    Sums ``exp(logit - lse)`` over the queries of a row: all real ones, or only the ``last`` ones when positive. The
-    sum is reduced over the query heads of the group (mean, or max when ``reduce_max``). The memory needed is linear
+    Reduces ``exp(logit - lse)`` over the query heads of the group (mean, or max when ``reduce_max``) and sums it over
+    the queries of a row: all real ones, or only the ``last`` ones when positive. The memory needed is linear
     in the length. Source: the accumulated attention score of H2O (arXiv 2306.14048, Algorithm 1) and the observation
     window of SnapKV. Returns [R, H, C] float32, zero for dead slots.
     """
@@ -283,9 +283,8 @@ def column_sums(
         seen = seen & ((q_positions >= 0) & (later <= last))[:, None, :, None]
     level = lse.view(rows, heads, -1, lse.shape[2], 1)
     p = torch.exp(logits - level.masked_fill(level == NEG_INF, 0.0)).masked_fill(~seen[:, :, None], 0.0)
-    mass = p.sum(3)
     out = torch.zeros(rows, heads, capacity, device=q.device)
-    out[..., :width] = mass.amax(2) if reduce_max else mass.mean(2)
+    out[..., :width] = p.amax(2).sum(2) if reduce_max else p.mean(2).sum(2)
     return out
 
 
