@@ -11,7 +11,8 @@ import torch  # noqa: F401  # first: _C looks torch's functions up in the proces
 from . import ops
 from ._C import OutOfPages, PagePool
 from .cache import KVCache
-from .engine import LayerView, PromptTooLong
+from .engine import PromptTooLong
+from .layer_state import LayerView
 from .policies import (
     H2O,
     Full,

@@ -19,7 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .engine import Attention, Layer
+from .layer_state import Layer
+from .step import Attention
 
 if TYPE_CHECKING:
     from .cache import KVCache

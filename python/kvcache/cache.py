@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .attention import HANDLE, current_frame
-from .engine import Engine, Layer, Step
+from .engine import Engine
+from .layer_state import Layer
 from .layers import wrapped_state
 from .policies import Policy, compose, parse_policy
 from .report import Report
+from .step import Step
 from .store import STORAGE_DTYPES
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcache.engine import Attention, Engine
+from kvcache.engine import Engine
+from kvcache.step import Attention
 
 
 def engine(policy, window=None, **options) -> Engine:

@@ -42,6 +42,7 @@ __all__ = ["STAGES", "Stage", "build_model", "build_tokenizer", "evaluate", "exp
 VOCABULARY = 256
 _WARMUP = 50
 _SINKS = 4
+_SINK_WEIGHT = 0.2
 _WINDOWS = (24, 256)  # of a streaming batch, drawn log-uniformly
 _SCORED_TASKS = tuple(task for task in TASKS if task != "text")
 
@@ -63,9 +64,10 @@ class Stage:
     for ``1 - decay`` of its ``steps`` and then lowers it to ``floor`` of its value.  ``per_sequence`` lets the answers
     of every sequence weigh the same, instead of every answer byte: late, the hundreds of bytes of a copy, long learned,
     would drown the three of a frequent word.  ``streaming`` is the share of batches that are text read through a
-    window: every query sees the first ``_SINKS`` tokens and its own recent ones.  That gives the heads one target that
-    is always there, BOS, to rest on when they look for nothing: the attention sink that larger models grow by
-    themselves (StreamingLLM, arXiv 2309.17453, section 3.3, trains such a token on purpose, too).
+    window: every query sees the first ``_SINKS`` tokens and its own recent ones.  ``sink`` is the share of its
+    attention that every head is made to give BOS on average, by a penalty on what is missing.  Models of a useful size
+    grow such an attention sink by themselves, one this small does not; StreamingLLM (arXiv 2309.17453, section 3.3)
+    also trains one on purpose.  ``base`` names the stage that this one goes on from, if it is not the one before.
     """
 
     name: str
@@ -81,6 +83,8 @@ class Stage:
     export: bool = True
     per_sequence: bool = False
     streaming: float = 0.0
+    sink: float = 0.0
+    base: str = ""
 
     @property
     def length(self) -> int:
@@ -124,11 +128,24 @@ STAGES: tuple[Stage, ...] = (
         per_sequence=True,
     ),
     Stage(
-        "g-sink", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.55), Shape(512, 8, 0.2)), 600,
+        "g-window", (Shape(2048, 2, 0.25), Shape(1024, 4, 0.55), Shape(512, 8, 0.2)), 600,
         _mix(0.3, 0.7, 1.5, 0.6, 0.9, 0.6), 0.003, dict.fromkeys(_ALL, 0.95), decay=0.8, floor=0.01, max_rounds=2,
         adam_lr=1e-3, per_sequence=True, streaming=0.5,
     ),
+    Stage(
+        "h-sink", (Shape(1024, 4, 0.35), Shape(512, 8, 0.65)), 350, _mix(0.3, 0.7, 2, 0.6, 0.9, 0.6), 0.003,
+        dict.fromkeys(_ALL, 0.95), decay=0.6, floor=0.01, max_rounds=2, adam_lr=1e-3, per_sequence=True,
+        streaming=0.25, sink=0.4, base="f-2048",
+    ),
+    Stage(
+        "i-settle", (Shape(1024, 4, 0.35), Shape(512, 8, 0.65)), 300, _mix(0.4, 0.7, 2, 0.6, 0.9, 0.8), 0.002,
+        dict.fromkeys(_ALL, 0.97), decay=1.0, floor=0.01, max_rounds=2, adam_lr=1e-3, per_sequence=True,
+        streaming=0.25, sink=0.4,
+    ),
 )  # fmt: skip
+
+#: The shipped weights are the mean of these stages' weights: the sink of one, most of the quality of the other.
+AVERAGE = ("g-window", "i-settle")
 
 
 # --- the model and its tokenizer ----------------------------------------------------------------------------------
@@ -217,6 +234,20 @@ def _logits(model: torch.nn.Module, tokens: torch.Tensor, mask: torch.Tensor | N
     """Next-token logits, ``[batch, length, vocabulary]``, computed in bfloat16; ``mask`` as :func:`streaming_mask`."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+
+
+def _sink_loss(attentions: tuple[torch.Tensor, ...], text: torch.Tensor, target: float) -> torch.Tensor:
+    """How far the attention to BOS, averaged over each head's queries in text, stays below ``target``; in nats, so
+    that it also pulls where the attention is next to nothing.
+
+    ``attentions``: one ``[batch, heads, length, length]`` per layer; ``text``: ``[batch, length]``, which queries
+    count.  A query within an answer has something to look at.
+    """
+    weight = text / text.sum().clamp(min=1)
+    to_bos = torch.stack([torch.einsum("bhq,bq->h", layer[..., 0].float(), weight) for layer in attentions])
+    if not bool(text.any()):
+        return to_bos.sum() * 0.0
+    return F.relu(math.log(target) - (to_bos + 1e-6).log()).mean()
 
 
 def streaming_mask(length: int, window: int, sinks: int) -> torch.Tensor:
@@ -348,12 +379,23 @@ def _round(model: torch.nn.Module, stage: Stage, index: int, number: int, seed: 
             window = int(np.exp(draw.uniform(*np.log(_WINDOWS))))
             mix, mask = {"text": 1.0}, streaming_mask(shape.length, window, _SINKS)
         tokens, kinds = (torch.from_numpy(a) for a in generator.batch(shape.batch, shape.length, mix))
-        logits = _logits(model, tokens, mask)[:, :-1].float()
+        if stage.sink:  # attention probabilities come from the eager implementation only
+            seen = streaming_mask(shape.length, shape.length, 0) if mask is None else mask
+            added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = model(input_ids=tokens, attention_mask=added, use_cache=False, output_attentions=True)
+            logits, penalty = (
+                output.logits[:, :-1].float(),
+                _sink_loss(output.attentions, (kinds == Kind.TEXT).float(), stage.sink),
+            )
+        else:
+            logits, penalty = _logits(model, tokens, mask)[:, :-1].float(), torch.zeros(())
         losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         kind = kinds[:, 1:]
         text, answer = kind == Kind.TEXT, kind > Kind.TEXT
         # Two means, so that the few answer bytes weigh as much as all the text around them.
         loss = (losses * text).sum() / text.sum().clamp(min=1) + _answer_loss(losses, answer, stage.per_sequence)
+        loss = loss + _SINK_WEIGHT * penalty
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -364,8 +406,9 @@ def _round(model: torch.nn.Module, stage: Stage, index: int, number: int, seed: 
                 if name != Kind.IGNORED and bool((chosen := kind == name).any()):
                     value = losses[chosen].mean().item()
                     smooth[name.name.lower()] = 0.95 * smooth.get(name.name.lower(), value) + 0.05 * value
-        if (step + 1) % 100 == 0 or step + 1 == stage.steps:
-            log.write("train", stage=stage.name, round=number, step=step + 1, loss=_rounded(smooth, 3))
+        if (step + 1) % (25 if stage.sink else 100) == 0 or step + 1 == stage.steps:
+            more = {"sink": round(penalty.item(), 3)} if stage.sink else {}
+            log.write("train", stage=stage.name, round=number, step=step + 1, loss=_rounded(smooth, 3), **more)
 
 
 def _last_checkpoint(folder: Path, stages: tuple[Stage, ...]) -> tuple[int, int, bool, Path] | None:
@@ -376,6 +419,18 @@ def _last_checkpoint(folder: Path, stages: tuple[Stage, ...]) -> tuple[int, int,
             number, outcome = path.name[len(stage.name) + 2 : -len(".safetensors")].split("-")
             found.append((index, int(number), outcome == "passed", path))
     return max(found) if found else None
+
+
+def _weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    """Weights with which a stage passed its gate; the tied output matrix is stored once and missing here."""
+    return load_file(max(folder.glob(f"{stage}.r*-passed.safetensors")))
+
+
+def average(model: torch.nn.Module, folder: Path) -> None:
+    """Give ``model`` the mean of the weights of the ``AVERAGE`` stages."""
+    several = [_weights(folder, stage) for stage in AVERAGE]
+    mean = {name: torch.stack([weights[name] for weights in several]).mean(0) for name in several[0]}
+    model.load_state_dict(mean, strict=False)
 
 
 def train(out: Path, seed: int, work: Path, stages: tuple[Stage, ...] = STAGES) -> Qwen3ForCausalLM:
@@ -408,8 +463,12 @@ def train(out: Path, seed: int, work: Path, stages: tuple[Stage, ...] = STAGES) 
     )
     for index in range(first, len(stages)):
         stage = stages[index]
+        if stage.base and (index > first or next_round == 1):
+            model.load_state_dict(_weights(work, stage.base), strict=False)
         for number in range(next_round if index == first else 1, stage.max_rounds + 1):
+            model.set_attn_implementation("eager" if stage.sink else "sdpa")
             _round(model, stage, index, number, seed, log)
+            model.set_attn_implementation("sdpa")
             scores = evaluate(model, stage.length, tasks=tuple(t for t in _SCORED_TASKS if t in stage.mix))
             passed = all(scores[task] >= bar for task, bar in stage.gate.items())
             bits = text_bits(model, min(stage.length, 1024), limit=64)
@@ -429,6 +488,10 @@ def train(out: Path, seed: int, work: Path, stages: tuple[Stage, ...] = STAGES) 
                 f"seed {seed}: stage {stage.name} did not reach {dict(stage.gate)} in {stage.max_rounds} rounds; "
                 "try another seed"
             )
+    if stages == STAGES:
+        average(model, work)
+        log.write("average", stages=AVERAGE)
+        export(model, out)
     return model
 
 
@@ -505,8 +568,12 @@ that training documents share word for word, about a tenth:
 
 Stages of growing length. Each repeats rounds of training until its own tasks pass on held-out sequences; every round
 has its own learning-rate schedule. Muon on the matrices, AdamW on embeddings and norms, bfloat16 autocast, loss = mean
-over text bytes + mean over answer bytes (from stage e on, every sequence's answers weigh the same instead).
-`training_log.jsonl` has every round.
+over text bytes + mean over answer bytes (from stage e on, every sequence's answers weigh the same instead). Where a
+stage says *streaming*, that share of batches is text read through a window of 24 to 256 tokens and the first four;
+where it says *sink*, a penalty makes every head give BOS that share of its attention in text. A model of this size
+grows no attention sink by itself (after stage f: at most 0.3 % of a head's attention), and what a cache may drop at
+the start of a context could not be seen on it. The shipped weights are the mean of those of stages {average}: a
+smaller sink than the latter's, and the bits per byte of the former. `training_log.jsonl` has every round.
 
 {stages}
 {notes}
@@ -541,9 +608,12 @@ def model_card(log: Path) -> str:
     recipe = ["| stage | length x batch | rounds x steps | mix | lr (Muon) | gate |", "|---" * 6 + "|"]
     for stage in STAGES:
         recipe.append(
-            f"| {stage.name} | {', '.join(f'{s.length} x {s.batch} ({s.weight:g})' for s in stage.shapes)} "
+            f"| {stage.name}{f' (from {stage.base})' if stage.base else ''} "
+            f"| {', '.join(f'{s.length} x {s.batch} ({s.weight:g})' for s in stage.shapes)} "
             f"| {sum(r['stage'] == stage.name for r in rounds)} x {stage.steps} "
-            f"| {', '.join(f'{task} {weight:g}' for task, weight in stage.mix.items())} "
+            f"| {', '.join(f'{task} {weight:g}' for task, weight in stage.mix.items())}"
+            f"{f'; streaming {stage.streaming:g}' if stage.streaming else ''}"
+            f"{f', sink {stage.sink:g}' if stage.sink else ''} "
             f"| {stage.lr:g}{', decaying' if stage.decay else ''} "
             f"| {', '.join(f'{task} {bar:g}' for task, bar in stage.gate.items())} |"
         )
@@ -567,6 +637,7 @@ def model_card(log: Path) -> str:
         table="\n".join(table),
         bits="\n".join(bits_table),
         stages="\n".join(recipe),
+        average=" and ".join(AVERAGE),
         notes="".join(f"\n{e['text']}\n" for e in events if e["event"] == "note"),
         train_bytes=start["corpus"]["train"],
         held_bytes=start["corpus"]["held_out"],

@@ -16,7 +16,7 @@ from torch import Tensor
 from .budget import Budget, resolve_budget
 
 if TYPE_CHECKING:
-    from ..engine import LayerView
+    from ..layer_state import LayerView
 
 NEEDS = frozenset({"attention_sums", "last_attention"})
 REGISTRY: dict[str, type[Policy]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from .base import Policy, Selection
 
 if TYPE_CHECKING:
-    from ..engine import LayerView
+    from ..layer_state import LayerView
 
 AXES = {"retains": "retention (what stays)", "selects": "selection (what is read)", "schedules": "layer schedule"}
 

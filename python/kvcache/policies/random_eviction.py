@@ -12,7 +12,7 @@ from .base import Policy
 from .budget import Budget, check_budget, check_count
 
 if TYPE_CHECKING:
-    from ..engine import LayerView
+    from ..layer_state import LayerView
 
 _MULTIPLIER = 0x9E3779B1  # odd, so that multiplication mod 2^32 permutes
 

@@ -11,7 +11,7 @@ from .base import Policy
 from .budget import Budget, check_budget, check_count
 
 if TYPE_CHECKING:
-    from ..engine import LayerView
+    from ..layer_state import LayerView
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .base import Policy, Selection
 from .budget import check_count
 
 if TYPE_CHECKING:
-    from ..engine import LayerView
+    from ..layer_state import LayerView
 
 
 @dataclass(frozen=True)

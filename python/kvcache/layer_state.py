@@ -1,0 +1,138 @@
+"""One layer of a cache, and the view of it that a policy is shown."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .policies.base import Selection
+from .step import Attention, Step
+from .store import LayerStore
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+FAR = torch.iinfo(torch.int32).max
+
+
+class Layer:
+    """One layer of a cache: its entries and what its policy remembers."""
+
+    def __init__(self, engine: Engine, index: int, window: int | None) -> None:
+        # Weak: a cycle would keep the pages of a dropped cache until some garbage collection.
+        self._engine = weakref.ref(engine)
+        self.index, self.window = index, window
+        self.store: LayerStore | None = None
+        self.group = 1
+        self.state: dict[str, Any] = {}
+        self.counters: Counter[str] = Counter()
+        self.budgets: Tensor | None = None  # [R, H] int32, set when a prompt ends
+        self.recent: Tensor | None = None  # [R] int32
+        self.smallest_budget = FAR
+        self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]] = []
+        self.was_empty = True
+        self.new: tuple[Tensor, Tensor] | None = None
+        # What abort() puts back: (the forward that it belongs to, state, pending forwards, scores).
+        self.undo: tuple[Step, dict[str, Any], int, Tensor | None] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        engine = self._engine()
+        assert engine is not None
+        return engine
+
+    def view(self) -> LayerView:
+        return LayerView(self)
+
+
+class LayerView:
+    """A layer as a policy sees it. Tensors are views: read them, do not write them.
+
+    ``counts`` [rows, heads] int32; ``positions`` and ``scores`` [rows, heads, capacity] (slots at or beyond the count
+    are garbage); ``tokens`` [rows] int32: real tokens of each row so far; ``prompt_tokens`` [rows] int32: the same
+    when the last prompt ended; ``state``: the policy's own memory of this layer, a dict of values and of tensors whose
+    first dimension is the row.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        assert layer.store is not None
+        self._layer, self._store = layer, layer.store
+
+    index = property(lambda self: self._layer.index, doc="Index of the decoder layer.")
+    rows = property(lambda self: self._store.rows, doc="Rows of the batch.")
+    heads = property(lambda self: self._store.heads, doc="Key-value heads.")
+    group = property(lambda self: self._layer.group, doc="Query heads per kv head.")
+    counts = property(lambda self: self._store.counts)
+    positions = property(lambda self: self._store.positions)
+    scores = property(lambda self: self._store.columns[0])
+    tokens = property(lambda self: self._layer.engine.tokens)
+    prompt_tokens = property(lambda self: self._layer.engine.prompt_tokens)
+    num_layers = property(lambda self: len(self._layer.engine.layers))
+    state = property(lambda self: self._layer.state)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one more token costs in all layers, heads and rows."""
+        stores = [x.store for x in self._layer.engine.layers if x.store is not None]
+        return self.rows * sum(s.heads * s.storage.token_bytes for s in stores)
+
+    def column(self, name: str) -> Tensor:
+        """A declared side column, [rows, heads, capacity] float32."""
+        return self._store.columns[self._store.column_names.index(name)]
+
+    def keys(self) -> Tensor:
+        """Dense copy of the keys by slot, [rows, heads, max count, Dk]; as rotated by the model; dead slots are 0."""
+        return self._store.gather("keys")
+
+    def values(self) -> Tensor:
+        """Dense copy of the values by slot, [rows, heads, max count, Dv]; dead slots are 0."""
+        return self._store.gather("values")
+
+    def entries_before(self, end: Tensor) -> Tensor:
+        """How many entries lie at positions below ``end`` [rows] int32, where nothing was evicted; [rows] int32."""
+        s = self._store
+        counts = s.counts[:, 0]
+        if not self._layer.engine.policy.schedules:
+            return torch.minimum(counts, end)
+        # Tokens that skipped the layer left no entry: positions have holes.
+        live = torch.arange(s.capacity) < counts[:, None]
+        return (live & (s.positions[:, 0] < end[:, None])).sum(1, dtype=torch.int32)
+
+    def count(self, event: str, times: int = 1) -> None:
+        """Add to an event counter that ``cache.report()`` shows."""
+        self._layer.counters[event] += times
+
+    def without_rotation(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """``queries`` [rows, query_heads, T, D] with the rotation to their ``positions`` [rows, T] taken off.
+
+        What queries of different steps must be compared by. As they are, if the model has no rotation, none that is
+        known, or the policy votes with queries at fixed places (compact positions).
+        """
+        engine = self._layer.engine
+        if engine.compact or engine.rotation is None:
+            return queries
+        step = engine.step
+        assert step is not None
+        if positions is not step.positions:
+            return engine.rotation.unrotate(queries, positions)
+        if step.angles is None:  # the same for all layers
+            step.angles = engine.rotation.angles(positions, -1.0)
+        return engine.rotation.turn(queries, *step.angles)
+
+    def vote(self, query: Tensor, first: Tensor, end: Tensor, *, soft: bool = True, scale: float = 1.0) -> Tensor:
+        """Votes [rows, 1, capacity] of the query heads of ``query`` [rows, query_heads, Dk]: ops.selection_scores."""
+        s = self._store
+        return ops.selection_scores(
+            query, s.storage.k_pages, s.table, s.counts, s.positions, first, end, scale, soft, False
+        )
+
+    def top(self, scores: Tensor, k: Tensor, first: Tensor, last: Tensor, end: Tensor, width: int) -> Selection:
+        """The ``k`` best of the entries at positions [first, last), all before ``first`` and all in [last, end)."""
+        s = self._store
+        counts = self.entries_before(end)[:, None].contiguous()
+        return Selection(*ops.topk(scores, counts, s.positions[:, :1].contiguous(), k, first, last, width))

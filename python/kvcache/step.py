@@ -1,0 +1,107 @@
+"""One forward of the model as the engine sees it, and what attention reads and is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .store import LayerStore
+
+
+@dataclass
+class Step:
+    """One forward of the model: which tokens it brings and where they stand.
+
+    ``positions`` [R, T] int32 counts the real tokens of each row, -1 marks padding; ``reach`` [R, T] int32 is the last
+    position that each query may read: its own, or for padding that of the real token before it (its output is what
+    generation continues from when a row is padded on the right). ``before`` and ``after`` [R] int32 are the real
+    tokens of each row before and after this forward; ``added`` is their difference, as numpy.
+    """
+
+    start: int
+    tokens: int
+    rows: int
+    positions: Tensor
+    reach: Tensor
+    before: Tensor
+    after: Tensor
+    added: np.ndarray
+    real: Tensor | None  # bool [R, start + T], which columns hold real tokens; None: all
+    prompt: bool
+    routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
+    skipped: set[int] = field(default_factory=set)  # layers that no token runs
+    angles: tuple[Tensor, Tensor] | None = None  # what turns queries back to position 0
+    _starts: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def padded(self) -> bool:
+        """Whether some token of this forward is padding."""
+        return int(self.added.sum()) != self.rows * self.tokens
+
+    def window_start(self, window: int, ahead: int = 0) -> Tensor:
+        """First position that each query may read, [R, T] int32; ``ahead=1``: the query one column later.
+
+        Windows are measured in columns, padding included, as transformers' masks do.
+        """
+        key = window * 2 + ahead
+        if key not in self._starts:
+            column = torch.arange(self.start, self.start + self.tokens) + (ahead + 1 - window)
+            column = column.clamp(min=0)
+            if self.real is None:
+                start = column.int().expand(self.rows, -1)
+            else:
+                passed = torch.nn.functional.pad(self.real.int().cumsum(1, dtype=torch.int32), (1, 0))
+                start = passed[:, column.clamp(max=passed.shape[1] - 1)]
+            self._starts[key] = start.contiguous()
+        return self._starts[key]
+
+    def column_of(self, positions: Tensor) -> Tensor:
+        """Column of each position: int64 like ``positions`` [R, ...]."""
+        if self.real is None:
+            return positions.long()
+        order = torch.argsort(~self.real, dim=1, stable=True)  # real columns first, in order
+        flat = positions.reshape(positions.shape[0], -1).long().clamp(0, order.shape[1] - 1)
+        return order.gather(1, flat).view(positions.shape)
+
+
+@dataclass
+class Pages:
+    """What attention reads: a layer's own pages, or dense keys and values seen as one page per (row, head)."""
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    counts: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, store: LayerStore) -> Pages:
+        s = store.storage
+        return cls(s.k_pages, s.v_pages, store.table, store.counts, store.positions)
+
+    @classmethod
+    def dense(cls, k: Tensor, v: Tensor, counts: Tensor, positions: Tensor) -> Pages:
+        """k [R, H, n, Dk], v [R, H, n, Dv], counts [R, h], positions [R, h, n] with h dividing H."""
+        rows, heads, width, _ = k.shape
+        spread = heads // counts.shape[1]
+        table = torch.arange(rows * heads, dtype=torch.int32, device=k.device).view(rows, heads, 1)
+        return cls(
+            k.reshape(rows * heads, width, -1).contiguous(),
+            v.reshape(rows * heads, width, -1).contiguous(),
+            table,
+            counts.repeat_interleave(spread, 1).contiguous(),
+            positions[..., :width].repeat_interleave(spread, 1).contiguous(),
+        )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the model asks of one attention call besides q, k, v."""
+
+    scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+    mask: Tensor | None = None  # bool [R, 1 | heads, T, columns seen]
