@@ -204,14 +204,17 @@ class TokenSelectOracle(Oracle):
         swapped = torch.cat([-x[..., half:], x[..., :half]], -1)
         return x * angle.cos() + swapped * angle.sin()
 
-    def select(self, layer: int, query: Tensor, plain: Tensor, k: Tensor, end: int, memory: dict) -> list[int] | None:
-        """Positions that a step reads. query [Hq, D], by which steps are compared: plain [Hq, D]; k [H, T, D]; the
-        step's own tokens end at ``end``."""
+    def select(
+        self, layer: int, query: Tensor, plain: Tensor, k: Tensor, step: range, memory: dict
+    ) -> list[int] | None:
+        """Positions that a step reads. query [Hq, D], by which steps are compared: plain [Hq, D]; k [H, T, D]."""
+        end = step.stop
         if end <= self.sinks + self.k + self.local:
             return None
         if "query" in memory:
             a, b = plain.flatten(), memory["query"].flatten()
-            if float(a @ b / (a.norm() * b.norm())) >= self.reuse:
+            fits = self.reuse <= -1 or (len(step) == 1 and end - memory["at"] <= self.local)
+            if fits and float(a @ b / (a.norm() * b.norm())) >= self.reuse:
                 memory["list"] = sorted({*memory["list"], *range(memory["end"], end)})
                 memory["end"] = end
                 return memory["list"]
@@ -228,7 +231,7 @@ class TokenSelectOracle(Oracle):
             self.gap = min(self.gap, (last - out) / abs(last))
         chosen = {self.sinks + i for i in best}
         read = sorted({*range(self.sinks), *chosen, *range(max(end - self.local, 0), end)})
-        memory.update(query=plain, list=read, end=end)
+        memory.update(query=plain, list=read, end=end, at=end)
         return read
 
     def visible(self, layer, q, k, probabilities):
@@ -237,7 +240,7 @@ class TokenSelectOracle(Oracle):
         origin = self.turn(q, -torch.arange(q.shape[1]))
         for step in self.steps(q.shape[1]):
             query, plain = (x[:, step.start : step.stop].mean(1) for x in (q, origin))
-            read = self.select(layer, query, plain, k, step.stop, memory)
+            read = self.select(layer, query, plain, k, step, memory)
             if read is not None:
                 seen[:, step.start : step.stop] = False
                 seen[:, step.start : step.stop, read] = True
@@ -257,7 +260,7 @@ class CompactOracle(TokenSelectOracle):
             own = torch.arange(step.start, step.stop)
             part = raw_q[:, own]
             voting = self.turn(part, self.local + torch.arange(len(own))).mean(1)
-            read = self.select(layer, voting, voting, raw_k, step.stop, memory)
+            read = self.select(layer, voting, voting, raw_k, step, memory)
             self.read[layer][step.start] = read
             listed = torch.arange(step.stop) if read is None else torch.tensor(read)
             keys = self.turn(raw_k[:, listed], torch.arange(len(listed)))

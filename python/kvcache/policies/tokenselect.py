@@ -23,12 +23,13 @@ class TokenSelect(Policy):
     candidate keys, without the usual 1/sqrt(D), and the heads' probabilities are summed (soft vote, Eq. 7). Heads of
     a group score their own kv head (h // group). The Selection Cache (Algorithm 1) keeps a layer's selection while
     the cosine similarity of the new query with the one that made it, both without their rotation (the paper rotates all
-    of them to one place), is at least ``reuse``; tokens that left the local
-    window meanwhile stay readable until the next selection.
+    of them to one place), is at least ``reuse``; tokens that left the local window meanwhile stay readable until the
+    next selection, which comes after ``local`` tokens at the latest.
 
     Arguments
         k, sinks, local: tokens read (paper: 2048, 128, 512); a row with no more than their sum reads everything.
-        reuse: threshold of the Selection Cache; above 1 every step selects anew, -1 selects once.
+        reuse: threshold of the Selection Cache; above 1 every step selects anew, -1 selects once and for all. Chunks
+            of a prompt always select.
         positions: "original" reads keys as rotated by the model; "compact" stores keys unrotated and rotates the
             entries read, and the queries, by their place in the reading list, which keeps all positions below
             sinks + k + local and so works beyond the trained context (the paper's way).
@@ -89,10 +90,15 @@ class TokenSelect(Policy):
             index = torch.full((rows, 1, self.sinks + self.k + self.local), -1, dtype=torch.int32)
             nothing = torch.zeros(rows, dtype=torch.int32)
             state.update(
-                made=nothing.bool(), query=torch.zeros_like(plain), index=index, counts=nothing[:, None], until=nothing
+                made=nothing.bool(),
+                query=torch.zeros_like(plain),
+                index=index,
+                counts=nothing[:, None],
+                until=nothing,
+                at=nothing,
             )
         similarity = torch.cosine_similarity(plain.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
-        stale = ~small & (~state["made"] | (similarity < self.reuse))
+        stale = ~small & (~state["made"] | (similarity < self.reuse) | self._expired(held, state, queries.shape[2]))
         layer.count("selections", int(stale.sum()))
         layer.count("reuses", int((~small & ~stale).sum()))
         kept = self._extend(layer, torch.where(asks | ~state["made"], held, state["until"]))
@@ -106,18 +112,27 @@ class TokenSelect(Policy):
         query, plain = queries[:, :, 0], layer.without_rotation(queries, positions)[:, :, 0]
         similarity = torch.cosine_similarity(plain.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
         least, most = (float(x) for x in torch.aminmax(similarity))
-        if least >= self.reuse:
-            layer.count("reuses", rows)
-            return self._extend(layer, held)
         if most < self.reuse:
             layer.count("selections", rows)
             fresh = self._fresh(layer, query, end)
-            state.update(query=plain, index=fresh.index, counts=fresh.counts, until=held)
+            state.update(query=plain, index=fresh.index, counts=fresh.counts, until=held, at=held)
             return fresh
-        stale = similarity < self.reuse
+        stale = (similarity < self.reuse) | self._expired(held, state, 1)
+        if least >= self.reuse and not bool(stale.any()):
+            layer.count("reuses", rows)
+            return self._extend(layer, held)
         layer.count("selections", int(stale.sum()))
         layer.count("reuses", int((~stale).sum()))
         return self._select(layer, query, plain, end, held, stale, self._extend(layer, held))
+
+    def _expired(self, held: Tensor, state: dict, tokens: int) -> Tensor:
+        """Which rows must select anew however similar the queries: the list would outgrow what a step may read.
+
+        The mean queries of chunks of a prompt are all alike, and a list gains every token that leaves the window.
+        """
+        if self.reuse <= -1.0:  # "select once"
+            return torch.zeros_like(state["made"])
+        return (held - state["at"] > self.local) | (tokens > 1)
 
     def _fresh(self, layer: LayerView, query: Tensor, end: Tensor) -> Selection:
         """The vote of ``query`` [rows, query_heads, D] over the entries before ``end`` [rows]."""
@@ -148,6 +163,7 @@ class TokenSelect(Policy):
             index=index,
             counts=counts,
             until=torch.where(stale, held, state["until"]),
+            at=torch.where(stale, held, state["at"]),
         )
         return Selection(index, counts)
 
