@@ -53,7 +53,9 @@ def contender(name: str, length: int, share: float, layers: int) -> Contender:
         "full": "full",
         "streamingllm": f"streamingllm(sinks={SINKS}, window={budget - SINKS})",
         "h2o": f"h2o(heavy={budget - half}, recent={half})",
-        "tokenselect": f"tokenselect(k={budget - local - SINKS}, sinks={SINKS}, local={local}, chunk={min(local, CHUNK)})",
+        "tokenselect": (
+            f"tokenselect(k={budget - local - SINKS}, sinks={SINKS}, local={local}, chunk={min(local, CHUNK)})"
+        ),
         "skipdecode": f"skipdecode(min_layers={max(1, layers * 3 // 4)}, max_layers={layers}, horizon={length})",
         "window": f"streamingllm(sinks=0, window={budget})",
         "random": f"randomeviction(keep={budget})",
