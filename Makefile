@@ -2,7 +2,7 @@
 #
 #   PYTHON   interpreter for .venv (default python3)
 #   TORCH    requirement that is installed first (default torch==2.13.0); without it pip would take the newest
-#   TRANSFORMERS  requirement (default: the newest); the oldest supported one is transformers==5.17.0
+#   TRANSFORMERS  requirement (default: the newest supported); the oldest supported one is transformers==5.17.0
 #   ARGS     more arguments for pytest
 #
 # A machine that already has torch, pybind11, scikit-build-core and pytest (perhaps without a network) is used as it is:
@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
-TRANSFORMERS ?= transformers>=5.17
+TRANSFORMERS ?= transformers>=5.17,<5.24
 ARGS   ?=
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check install -q

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -24,6 +26,12 @@ from .step import Attention
 
 if TYPE_CHECKING:
     from .cache import KVCache
+
+if not Version("5.17") <= Version(transformers.__version__) < Version("5.24.dev0"):
+    raise ImportError(
+        f"kvcache works with transformers 5.17 to 5.23, found {transformers.__version__}: "
+        "5.24 renamed the models' past_key_values argument to cache, which kvcache does not know yet"
+    )
 
 NAME = "kvcache"  # plain on purpose: "flash" or "paged|" in a name changes transformers' behaviour
 HANDLE = "_kvcache_layer"
