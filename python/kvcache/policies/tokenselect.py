@@ -98,7 +98,8 @@ class TokenSelect(Policy):
                 at=nothing,
             )
         similarity = torch.cosine_similarity(plain.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
-        stale = ~small & (~state["made"] | (similarity < self.reuse) | self._expired(held, state, queries.shape[2]))
+        asked = (positions >= 0).sum(1)  # of each row: padding beside a short prompt must not count
+        stale = ~small & (~state["made"] | (similarity < self.reuse) | self._expired(held, state, asked))
         layer.count("selections", int(stale.sum()))
         layer.count("reuses", int((~small & ~stale).sum()))
         kept = self._extend(layer, torch.where(asks | ~state["made"], held, state["until"]))
@@ -125,14 +126,14 @@ class TokenSelect(Policy):
         layer.count("reuses", int((~stale).sum()))
         return self._select(layer, query, plain, end, held, stale, self._extend(layer, held))
 
-    def _expired(self, held: Tensor, state: dict, tokens: int) -> Tensor:
+    def _expired(self, held: Tensor, state: dict, asked: Tensor | int) -> Tensor:
         """Which rows must select anew however similar the queries: the list would outgrow what a step may read.
 
         The mean queries of chunks of a prompt are all alike, and a list gains every token that leaves the window.
         """
         if self.reuse <= -1.0:  # "select once"
             return torch.zeros_like(state["made"])
-        return (held - state["at"] > self.local) | (tokens > 1)
+        return (held - state["at"] > self.local) | (asked > 1)
 
     def _fresh(self, layer: LayerView, query: Tensor, end: Tensor) -> Selection:
         """The vote of ``query`` [rows, query_heads, D] over the entries before ``end`` [rows]."""
