@@ -10,10 +10,12 @@ __all__ = ["BASELINES", "DEMO", "SINKS", "Contender", "contender", "contenders",
 SINKS = 4
 #: What ``kvcache demo`` shows.
 DEMO = ("full", "streamingllm", "h2o", "tokenselect", "skipdecode")
-#: What ``kvcache eval`` adds: the comparisons of the papers.
 #: Queries that vote together while a prompt is read: a question here has five tokens, and the mean of all five would
 #: drown its last one, which the answer follows from.
 CHUNK = 4
+#: Newest tokens that random eviction protects, next to the sinks.
+RANDOM_RECENT = 16
+#: What ``kvcache eval`` adds: the comparisons of the papers.
 BASELINES = ("window", "random")
 #: Independent of the budget: nothing is evicted or selected.
 UNBUDGETED = ("full", "skipdecode")
@@ -43,7 +45,7 @@ _LABELS = {
 def contender(name: str, length: int, share: float, layers: int) -> Contender:
     """``name`` with a budget of ``share`` of ``length`` tokens, on a model of ``layers`` layers.
 
-    Random eviction protects as many recent tokens as H2O, so that the two differ only in how the other half is chosen.
+    Random eviction protects the sinks and a few recent tokens; without them it would lose to anything.
     TokenSelect's k and local stand about as the paper's defaults do. SkipDecode has no token budget: it runs three
     quarters of the layers at the end of the context.
     """
@@ -58,7 +60,7 @@ def contender(name: str, length: int, share: float, layers: int) -> Contender:
         ),
         "skipdecode": f"skipdecode(min_layers={max(1, layers * 3 // 4)}, max_layers={layers}, horizon={length})",
         "window": f"streamingllm(sinks=0, window={budget})",
-        "random": f"randomeviction(keep={budget})",
+        "random": f"randomeviction(keep={budget}, sinks={SINKS}, recent={min(RANDOM_RECENT, half)})",
     }
     if name not in texts:
         raise ValueError(f"unknown contender {name!r}; one of {', '.join(texts)}")
