@@ -16,18 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvcache.evaluation.contenders import BASELINES, DEMO, label
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = ("README.md", "docs/results.md", "docs/kernels.md")
-NAMES = {
-    "full": "Full cache",
-    "streamingllm": "StreamingLLM",
-    "h2o": "H2O",
-    "tokenselect": "TokenSelect",
-    "skipdecode": "SkipDecode",
-    "window": "Window, no sinks",
-    "random": "Random eviction",
-}
 MISSING = "*Not measured yet.*"
 
 Rows = list[dict[str, Any]]
@@ -73,12 +66,12 @@ def demo(rows: Rows) -> str:
             "1.00",
         ]
     ]
-    for name in dict.fromkeys(r["name"] for r in rows if r["name"] in NAMES):
+    for name in dict.fromkeys(r["name"] for r in rows if r["name"] in (*DEMO, *BASELINES)):
         by = {r["task"]: r for r in rows if r["name"] == name}
         p = by["passkey"]
         body.append(
             [
-                NAMES[name],
+                label(name),
                 f"{p['accuracy']:.0%}",
                 f"{by['recall']['accuracy']:.0%}",
                 f"{by['text']['bits_per_byte']:.3f}",
@@ -125,7 +118,12 @@ def budgets(task: str) -> Callable[[Rows], str]:
         for name in dict.fromkeys(r["name"] for r in mine):
             cells = {r["budget"]: cell(r) for r in mine if r["name"] == name}
             values = [cells[1.0], *[""] * (len(shares) - 1)] if 1.0 in cells else [cells.get(s, "") for s in shares]
-            body.append([NAMES.get(name, f"`{name}`") + (" (no budget)" if 1.0 in cells else ""), *values])
+            body.append(
+                [
+                    (label(name) if label(name) != name else f"`{name}`") + (" (no budget)" if 1.0 in cells else ""),
+                    *values,
+                ]
+            )
         head = ["Policy", *(f"1/{round(1 / s)}" for s in shares)]
         first = mine[0]
         unit = "windows" if task == "text" else "questions"

@@ -37,7 +37,7 @@ class WrappedState:
     original: str
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
-    _rotation: tuple[Rotation | None, ...] = ()  # looked for at the first need
+    _rotation: Rotation | ValueError | None = None
 
     def check_policy(self, model: PreTrainedModel, policy: Policy) -> None:
         """ValueError if ``policy`` cannot work on this model; nothing is changed."""
@@ -51,19 +51,24 @@ class WrappedState:
             raise ValueError(
                 f"{policy}: selection needs the keys as cached, but {name} transforms them after the cache (MLA)"
             )
-        if policy.positions == "compact":
-            Rotation(model)
-        if policy.schedules:
+        if policy.positions == "compact" and isinstance(found := self._find_rotation(model), ValueError):
+            raise found
+        if policy.schedules and not self.routed:
             decoder_layers(model, len(self.windows))
 
     def rotation(self, model: PreTrainedModel) -> Rotation | None:
         """The model's rotation, if it has one that is understood."""
-        if not self._rotation:
+        found = self._find_rotation(model)
+        return None if isinstance(found, ValueError) else found
+
+    def _find_rotation(self, model: PreTrainedModel) -> Rotation | ValueError:
+        """The rotation or why there is none; looked for once per wrap, not once per cache."""
+        if self._rotation is None:
             try:
-                self._rotation = (Rotation(model),)
-            except ValueError:
-                self._rotation = (None,)
-        return self._rotation[0]
+                self._rotation = Rotation(model)
+            except ValueError as error:
+                self._rotation = error
+        return self._rotation
 
     def route(self, model: PreTrainedModel, policy: Policy) -> None:
         """Make the decoder layers follow a schedule once a policy has one."""

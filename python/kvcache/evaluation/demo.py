@@ -31,6 +31,7 @@ from .suite import (
     share_weights,
     text_bits,
 )
+from .table import QUESTIONS, Measured
 from .tasks import Example
 
 if TYPE_CHECKING:
@@ -58,46 +59,10 @@ class Results:
 
     def rows(self) -> list[Row]:
         """Rows of ``report.json``: a policy on a task each, and the baseline's decode time."""
-        rows = []
+        rows: list[Row] = []
         for c in self.contenders:
-            time_ = self.times[c.policy]
-            common: dict[str, Any] = {
-                "name": c.name,
-                "budget": c.share,
-                "length": self.length,
-                "ms_per_token": time_.ms,
-                "ratio": time_.ratio,
-            }
-            for task in ("passkey", "recall"):
-                a = self.answers[task, c.name]
-                rows.append(
-                    Row(
-                        c.policy,
-                        task,
-                        accuracy=a.accuracy,
-                        interval=a.interval,
-                        nbytes=a.held.nbytes,
-                        full_nbytes=a.held.full_nbytes,
-                        read=a.held.read,
-                        samples=len(a.right),
-                        protocol="agnostic",
-                        **common,
-                    )
-                )
-            b = self.bits[c.name]
-            rows.append(
-                Row(
-                    c.policy,
-                    "text",
-                    bits_per_byte=b.mean,
-                    interval=b.interval,
-                    nbytes=b.held.nbytes,
-                    full_nbytes=b.held.full_nbytes,
-                    read=b.held.read,
-                    samples=len(b.windows),
-                    **common,
-                )
-            )
+            answers = {task: self.answers[task, c.name] for task in QUESTIONS}
+            rows += Measured(c, answers, self.bits[c.name], self.times[c.policy]).rows(self.length, "agnostic")
         base = self.times["DynamicCache"]
         held = self.answers["passkey", "full"].held.full_nbytes
         rows.append(
@@ -136,7 +101,7 @@ def run(
         plain = load_model(folder)
         tokenizer = load_tokenizer(folder)
         wrapped = wrap(share_weights(plain))
-        examples = {task: draw_examples(task, length, samples, seed) for task in ("passkey", "recall")}
+        examples = {task: draw_examples(task, length, samples, seed) for task in QUESTIONS}
         text = draw_windows(length, windows, seed)
     layers = plain.config.num_hidden_layers
     compared = [contender(name, length, share, layers) for name in DEMO]
@@ -149,7 +114,7 @@ def run(
     bits: dict[str, Bits] = {}
     with ticking(screen, total) as progress:
         for c in compared:
-            for task in ("passkey", "recall"):
+            for task in QUESTIONS:
                 progress.phase(f"{task}, {c.label}")
                 answers[task, c.name] = generate_answers(wrapped, c.policy, examples[task], tick=progress.tick)
             progress.phase(f"text, {c.label}")

@@ -13,7 +13,7 @@ import numpy as np
 from ..policies import parse_policy
 from ..wrap import wrap
 from .console import console, require_extras, table, ticking
-from .contenders import BASELINES, DEMO, Contender, contenders
+from .contenders import BASELINES, DEMO, Contender, contenders, label
 from .loading import load_model
 from .plots import plot_budgets
 from .rows import Row, machine, write_report
@@ -249,7 +249,7 @@ def _show_task(screen: Console, task: str, rows: Sequence[Row], shares: Sequence
     for name in dict.fromkeys(r.name for r in mine):
         cells = {r.budget: _cell(r) for r in mine if r.name == name}
         values = [cells[1.0], *[""] * (len(shares) - 1)] if 1.0 in cells else [cells.get(s, "") for s in shares]
-        grid.add_row(_label(name) + (" [dim](no budget)[/]" if 1.0 in cells else ""), *values)
+        grid.add_row(label(name) + (" [dim](no budget)[/]" if 1.0 in cells else ""), *values)
     screen.print(grid)
 
 
@@ -258,12 +258,6 @@ def _cell(row: Row) -> str:
         return f"{row.bits_per_byte:.3f}"
     low, high = row.interval or (0.0, 1.0)
     return f"{row.accuracy:.0%} [dim]{low * 100:.0f}-{high * 100:.0f}[/]"
-
-
-def _label(name: str) -> str:
-    from .contenders import label
-
-    return label(name)
 
 
 def _show_cost(screen: Console, rows: Sequence[Row], base: Timing) -> None:

@@ -112,14 +112,13 @@ class TokenSelect(Policy):
         state, rows, held = layer.state, len(end), layer.entries_before(end)
         query, plain = queries[:, :, 0], layer.without_rotation(queries, positions)[:, :, 0]
         similarity = torch.cosine_similarity(plain.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
-        least, most = (float(x) for x in torch.aminmax(similarity))
-        if most < self.reuse:
+        if float(similarity.max()) < self.reuse:
             layer.count("selections", rows)
             fresh = self._fresh(layer, query, end)
             state.update(query=plain, index=fresh.index, counts=fresh.counts, until=held, at=held)
             return fresh
         stale = (similarity < self.reuse) | self._expired(held, state, 1)
-        if least >= self.reuse and not bool(stale.any()):
+        if not bool(stale.any()):
             layer.count("reuses", rows)
             return self._extend(layer, held)
         layer.count("selections", int(stale.sum()))
