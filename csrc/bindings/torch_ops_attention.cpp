@@ -25,7 +25,7 @@ int64_t max_count(const PagedView& view) {
 // The arguments that the attention ops share, as far as they are there.
 class AttentionChecker : public Checker {
  public:
-  AttentionChecker(const char* op, cpu::AttentionParams& p) : Checker(op), p_(p) {}
+  AttentionChecker(const char* op, AttentionParams& p) : Checker(op), p_(p) {}
 
   // q [R, Hq, T, Dk], or [R, Hq, Dk] for one token.
   void query(const Tensor& q, bool tokens) {
@@ -122,7 +122,7 @@ class AttentionChecker : public Checker {
     }
   }
 
-  cpu::AttentionParams& p_;
+  AttentionParams& p_;
 };
 
 Tensor scratch(const Tensor& like, int64_t floats) {
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pag
                                             const OptionalTensor& index_counts, const OptionalTensor& statistics,
                                             double scale, double softcap, double statistics_decay,
                                             bool statistics_max) {
-  cpu::AttentionParams p{};
+  AttentionParams p{};
   AttentionChecker check("decode_attention", p);
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, table);
@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> prefill_attention(const Tensor& q, const Tensor& k_pa
                                              const OptionalTensor& sinks, const OptionalTensor& bias,
                                              const OptionalTensor& mask, const OptionalTensor& index,
                                              const OptionalTensor& index_counts, double scale, double softcap) {
-  cpu::AttentionParams p{};
+  AttentionParams p{};
   AttentionChecker check("prefill_attention", p);
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, table);
@@ -218,8 +218,8 @@ Tensor column_sums(const Tensor& q, const Tensor& k_pages, const Tensor& table, 
                    const Tensor& positions, const Tensor& q_positions, const Tensor& lse,
                    const OptionalTensor& window_start, const OptionalTensor& bias, const OptionalTensor& mask,
                    double scale, double softcap, int64_t last, bool reduce_max) {
-  cpu::ColumnSumsParams sums{};
-  cpu::AttentionParams& p = sums.attention;
+  ColumnSumsParams sums{};
+  AttentionParams& p = sums.attention;
   AttentionChecker check("column_sums", p);
   PagedView& view = p.view;
   view = check.pages(k_pages, nullptr, table);
@@ -262,13 +262,13 @@ Tensor column_sums(const Tensor& q, const Tensor& k_pages, const Tensor& table, 
 Tensor selection_scores(const Tensor& q, const Tensor& k_pages, const Tensor& table, const Tensor& counts,
                         const Tensor& positions, const Tensor& first, const Tensor& end, double scale, bool soft,
                         bool per_head) {
-  cpu::AttentionParams attention{};
+  AttentionParams attention{};
   AttentionChecker check("selection_scores", attention);
   attention.view = check.pages(k_pages, nullptr, table);
   check.head_sizes(attention.view);
   check.entries(attention.view, counts, positions);
   check.query(q, false);
-  cpu::SelectionParams p{};
+  SelectionParams p{};
   p.view = attention.view;
   p.q = attention.q;
   p.query_heads = attention.query_heads;

@@ -21,7 +21,7 @@ void check_counts(const Checker& check, const int32_t* counts, const int64_t (&s
 std::tuple<Tensor, Tensor> topk(const Tensor& scores, const Tensor& counts, const Tensor& positions, const Tensor& k,
                                 const Tensor& first, const Tensor& end, int64_t width) {
   const Checker check("topk");
-  cpu::TopKParams p{};
+  TopKParams p{};
   p.scores = check.strided_float32("scores", scores, {{"R", kAny}, {"H", kAny}, {"C", kAny}}, p.scores_stride);
   const Dim rows{"R", scores.size(0)}, heads{"H", scores.size(1)}, capacity{"C", scores.size(2)};
   p.counts = check.strided_int32("counts", counts, {rows, heads}, p.counts_stride);
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> topk(const Tensor& scores, const Tensor& counts, cons
 Tensor choose_victims(const OptionalTensor& scores, const Tensor& counts, const Tensor& positions,
                       const Tensor& budgets, const Tensor& first, const Tensor& end) {
   const Checker check("choose_victims");
-  cpu::VictimParams p{};
+  VictimParams p{};
   p.positions =
       check.strided_int32("positions", positions, {{"R", kAny}, {"H", kAny}, {"C", kAny}}, p.positions_stride);
   const Dim rows{"R", positions.size(0)}, heads{"H", positions.size(1)}, capacity{"C", positions.size(2)};

@@ -13,7 +13,7 @@ void append(const Tensor& k_pages, const Tensor& v_pages, const Tensor& table, c
             const Tensor& positions, const Tensor& columns, const Tensor& k, const Tensor& v,
             const Tensor& new_positions, const OptionalTensor& new_columns) {
   const Checker check("append");
-  cpu::AppendParams p{};
+  AppendParams p{};
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, table);
   check.entries(view, counts, positions);
@@ -48,7 +48,7 @@ void append(const Tensor& k_pages, const Tensor& v_pages, const Tensor& table, c
 
 void copy_pages(const Tensor& k_pages, const Tensor& v_pages, const Tensor& source, const Tensor& target) {
   const Checker check("copy_pages");
-  cpu::CopyPagesParams p{};
+  CopyPagesParams p{};
   p.source = check.int32("source", source, {{"n", kAny}});
   p.n = source.size(0);
   p.target = check.int32("target", target, {{"n", p.n}});
@@ -80,7 +80,7 @@ void compact(const Tensor& k_pages, const Tensor& v_pages, const Tensor& source_
              const Tensor& counts, const Tensor& positions, const Tensor& columns, const Tensor& keep,
              const Tensor& keep_counts) {
   const Checker check("compact");
-  cpu::CompactParams p{};
+  CompactParams p{};
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, source_table, "source_table");
   check.entries(view, counts, positions);
@@ -122,7 +122,7 @@ void compact(const Tensor& k_pages, const Tensor& v_pages, const Tensor& source_
 void overwrite(const Tensor& k_pages, const Tensor& v_pages, const Tensor& table, const Tensor& counts,
                const Tensor& positions, const Tensor& columns, const Tensor& victims) {
   const Checker check("overwrite");
-  cpu::OverwriteParams p{};
+  OverwriteParams p{};
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, table);
   check.entries(view, counts, positions);

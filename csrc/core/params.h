@@ -1,0 +1,170 @@
+// Arguments of every op: plain pointers and sizes, the same for the CPU and the CUDA kernels.
+//
+// The CPU bindings have looked at the contents (counts, slots, page ids); on a GPU nobody has, as that would be a round
+// trip to the host: the caller keeps them right. Semantics: python/kvcache/ops/reference.py.
+#pragma once
+#include <cstdint>
+
+#include "paged_view.h"
+
+namespace kvcache {
+
+struct AppendParams {
+  PagedView view;
+  Strided4 k, v;                 // [rows, heads, tokens, dim]
+  const int32_t* new_positions;  // [rows, tokens]; -1: not stored
+  const float* new_columns;      // [n_columns, rows, heads, tokens] or null (zeros)
+  int32_t tokens;
+  void* bounds;  // [pages, 2, k_dim] in the pages' dtype or null: smallest and largest key of each page, per channel
+};
+
+struct CopyPagesParams {
+  PagedView view;                  // only the page arrays
+  const int32_t *source, *target;  // [n]
+  int64_t n;
+};
+
+// Bounds of the pages that hold the entries, from the keys: after a bulk change that append did not see.
+struct PageBoundsParams {
+  PagedView view;
+  void* bounds;  // [pages, 2, k_dim]
+};
+
+struct CompactParams {
+  PagedView view;               // view.table is the source table
+  const int32_t* target_table;  // [rows, heads, target_width]
+  int32_t target_width;
+  const int32_t* keep;         // [rows, heads, keep_width] ascending slots
+  const int32_t* keep_counts;  // [rows, heads]
+  int64_t keep_width;
+};
+
+struct OverwriteParams {
+  PagedView view;
+  const int32_t* victims;  // [rows, heads]; -1: none
+};
+
+// What decode, prefill and column sums share about the reading side.
+struct AttentionParams {
+  PagedView view;
+  Strided4 q;                   // [rows, query_heads, tokens, k_dim]; decode: tokens == 1
+  const int32_t* q_positions;   // [rows, tokens]; null: everything is in the past (decode)
+  const int32_t* window_start;  // [rows, tokens] or null: entries below are hidden
+  const float* sinks;           // [query_heads] or null
+  const float* bias;            // [rows, bias_heads, capacity] or null
+  const bool* mask;             // [rows, mask_heads, tokens, capacity] or null; false hides
+  const int32_t* index;         // [rows, index_heads, index_width] slots or null
+  const int32_t* index_counts;  // [rows, index_heads]
+  int32_t bias_heads, mask_heads, index_heads;
+  int64_t index_width;
+  int32_t query_heads, tokens;
+  float scale, softcap;  // softcap 0: none
+  void* out;             // [rows, tokens, query_heads, v_dim] in q's dtype
+  float* lse;            // [rows, query_heads, tokens]
+  float* statistics;     // decode: [rows, heads, capacity] or null
+  float statistics_decay;
+  bool statistics_max;
+  float* scratch;       // decode: see attention_plan.h: decode_scratch_floats
+  int32_t splits;       // decode on the CPU: pieces that a head's entries are cut into (core/split.h)
+  const int32_t* plan;  // decode on a GPU: this layer's part of a plan (core/decode_plan.h)
+};
+
+// Shares out the entries of all heads among the blocks of a decode launch, for all layers at once.
+struct PlanParams {
+  const int32_t* counts;  // [layers, rows, heads]
+  int32_t layers, rows, heads;
+  int32_t added;    // entries that every head gains before the plan is used
+  int64_t most;     // entries that no head exceeds then; fixes the sizes of a captured graph
+  int32_t workers;  // blocks of a decode launch
+  int32_t* plan;    // [layers, decode_plan_size(...)]
+};
+
+struct ColumnSumsParams {
+  AttentionParams attention;   // out, statistics, sinks, index unused; lse is an input
+  const float* lse;            // [rows, query_heads, tokens]
+  const int32_t* query_begin;  // [rows] first query that counts (the `last` ones), 0 for all
+  float* sums;                 // [rows, heads, capacity], zeroed by the caller
+  bool reduce_max;
+};
+
+struct SelectionParams {
+  PagedView view;
+  Strided4 q;                  // [rows, query_heads, 1, k_dim]
+  const int32_t *first, *end;  // [rows] candidate positions
+  int32_t query_heads;
+  float scale;
+  bool soft, per_head;
+  // Second stage: only the entries of these pages (columns of the table) are candidates; null: all entries.
+  const int32_t* pages;        // [rows, per_head ? heads : 1, page_width] ascending
+  const int32_t* page_counts;  // [rows, per_head ? heads : 1]
+  int64_t page_width;
+  // [rows, per_head ? heads : 1, width], width = pages ? page_width * page_size : capacity. On the CPU filled with -inf
+  // by the caller.
+  float* scores;
+  float* scratch;  // CPU: [rows, query_heads, width] logits; GPU: see cuda/kernels.h
+};
+
+// First stage: an upper bound of the logits of every page, from the bounds of its keys (Quest).
+struct PageScoresParams {
+  PagedView view;              // page arrays unused
+  const void* bounds;          // [pages, 2, k_dim] in view.dtype
+  Strided4 q;                  // [rows, query_heads, 1, k_dim]
+  const int32_t *first, *end;  // [rows] candidate positions
+  int32_t query_heads;
+  float scale;
+  bool soft, per_head;
+  float* scores;   // [rows, per_head ? heads : 1, table_width]
+  float* scratch;  // [rows, query_heads, table_width] logits
+};
+
+struct SimilarityParams {
+  Strided4 a, b;  // [rows, query_heads, 1, dim]
+  int32_t rows, query_heads, dim;
+  float* out;  // [rows]
+};
+
+// Rows of a matrix, picked or put back by number: the tokens that a layer really computes.
+struct RowsParams {
+  void* x;               // [n, dim]
+  void* picked;          // [count, dim]
+  const int32_t* index;  // [count]; -1: a row of zeros, or nothing to put back
+  int64_t n, count;
+  int64_t row_bytes;
+};
+
+struct ActiveRowsParams {
+  const bool* mask;  // [n]
+  int64_t n;
+  int32_t* index;  // [n]: the numbers of the true ones, ascending, then -1
+  int32_t* count;  // [1]
+};
+
+// The inputs may have any strides (in elements, of rows and heads), so that one head's lists can stand for all.
+struct TopKParams {
+  const float* scores;         // [rows, heads, capacity], or [rows, heads, page_width * page_size]
+  const int32_t *counts, *k;   // [rows, heads]
+  const int32_t* positions;    // [rows, heads, capacity]
+  const int32_t *first, *end;  // [rows]
+  int64_t scores_stride[2], positions_stride[2], counts_stride[2], k_stride[2];
+  int32_t rows, heads;
+  int64_t capacity;
+  // Where the scores are those of listed pages: score i belongs to slot pages[i / page_size] * page_size + i % page_size.
+  const int32_t *pages, *page_counts;  // [rows, heads, page_width], [rows, heads] or null: score i is slot i's
+  int64_t pages_stride[2], page_counts_stride[2], page_width;
+  int32_t page_size;
+  int64_t width;
+  int32_t* index;         // [rows, heads, width]
+  int32_t* index_counts;  // [rows, heads]; a head that needs more than width reports the number it needs
+};
+
+struct VictimParams {
+  const float* scores;              // [rows, heads, capacity] or null: oldest candidate
+  const int32_t *counts, *budgets;  // [rows, heads]
+  const int32_t* positions;         // [rows, heads, capacity]
+  const int32_t *first, *end;       // [rows]
+  int64_t scores_stride[2], positions_stride[2], counts_stride[2], budgets_stride[2];
+  int32_t rows, heads;
+  int32_t* victims;  // [rows, heads]
+};
+
+}  // namespace kvcache
