@@ -57,6 +57,7 @@ struct AttentionParams {
   const int32_t* index_counts;  // [rows, index_heads]
   int32_t bias_heads, mask_heads, index_heads;
   int64_t index_width;
+  bool index_pages;  // decode: index lists columns of the table, every entry of those pages is read
   int32_t query_heads, tokens;
   float scale, softcap;  // softcap 0: none
   void* out;             // [rows, tokens, query_heads, v_dim] in q's dtype
