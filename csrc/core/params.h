@@ -88,6 +88,14 @@ struct ColumnSumsParams {
   bool reduce_max;
 };
 
+// For each row the first of its `last` real queries (position >= 0); the first of all when last is 0 or more than there
+// are.
+struct QueryBeginParams {
+  const int32_t* q_positions;  // [rows, tokens]
+  int32_t rows, tokens, last;
+  int32_t* query_begin;  // [rows]
+};
+
 struct SelectionParams {
   PagedView view;
   Strided4 q;                  // [rows, query_heads, 1, k_dim]

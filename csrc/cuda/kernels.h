@@ -22,6 +22,7 @@ int plan_decode(const PlanParams& p, Stream stream);
 int64_t decode_attention_scratch(const AttentionParams& p, int multiprocessors);
 int decode_attention(const AttentionParams& p, int multiprocessors, Stream stream);
 int prefill_attention(const AttentionParams& p, Stream stream);
+int query_begin(const QueryBeginParams& p, Stream stream);
 int column_sums(const ColumnSumsParams& p, Stream stream);  // writes every entry of sums, zeros where dead
 
 // Selection.

@@ -18,7 +18,6 @@ from .rows import processor
 __all__ = ["CHECKS", "facts", "run"]
 
 #: Names in ``kvcache.ops`` that are no ops.
-_NOT_OPS = ("backend", "set_backend", "use_backend")
 #: Optional arguments of decode attention, all left out.
 _NOTHING: dict[str, Any] = dict.fromkeys(
     ("window_start", "sinks", "bias", "index", "index_counts", "statistics"),
@@ -55,8 +54,7 @@ def facts() -> Iterator[tuple[str, str]]:
 
 def _registry() -> str:
     """Every op of ``kvcache.ops`` is registered with torch, with a kernel for the CPU."""
-    names = [n for n in ops.__all__ if n not in _NOT_OPS]
-    for name in names:
+    for name in ops.OPS:
         if not hasattr(torch.ops.kvcache, name):
             raise RuntimeError(f"torch does not know kvcache::{name}")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kvcache::{name}", "CPU"):
