@@ -18,6 +18,7 @@ namespace kvcache::abi {
 
 using Handle = struct AtenTensorOpaque*;  // at::Tensor*
 using Library = struct TorchLibraryOpaque*;
+using Guard = struct DeviceGuardOpaque*;
 using Value = uint64_t;  // StableIValue: one slot of the stack that a boxed kernel gets and leaves its results on
 using Boxed = void (*)(Value*, uint64_t, uint64_t);
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
@@ -48,15 +49,21 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
   X(int32_t, aoti_torch_dtype_int64, ())                                                                              \
   X(int32_t, aoti_torch_dtype_bool, ())                                                                               \
   X(int32_t, aoti_torch_empty_strided, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*)) \
+  X(int32_t, aoti_torch_create_device_guard, (int32_t, Guard*))                                                       \
+  X(int32_t, aoti_torch_delete_device_guard, (Guard))                                                                 \
   X(int32_t, torch_get_num_threads, (uint32_t*))                                                                      \
   X(int32_t, torch_parallel_for, (int64_t, int64_t, int64_t, ParallelBody, void*))
 
 // Newer than 2.10: null where torch has none.
 #define KVCACHE_TORCH_ABI_OPTIONAL(X) X(int32_t, torch_delete_stable_ivalue, (Value*))
 
+// In libtorch_cuda.so: null where torch was built without CUDA.
+#define KVCACHE_TORCH_ABI_CUDA(X) X(int32_t, aoti_torch_get_current_cuda_stream, (int32_t, void**))
+
 #define KVCACHE_DECLARE(result, name, parameters) inline result(*name) parameters = nullptr;
 KVCACHE_TORCH_ABI(KVCACHE_DECLARE)
 KVCACHE_TORCH_ABI_OPTIONAL(KVCACHE_DECLARE)
+KVCACHE_TORCH_ABI_CUDA(KVCACHE_DECLARE)
 #undef KVCACHE_DECLARE
 
 // What torch_library_impl wants: the version whose calling convention our kernels follow, not the running torch's.
@@ -71,6 +78,10 @@ inline void load() {
   if (!name) throw std::runtime_error("kvcache needs torch >= 2.10: this torch has no " #name);
   KVCACHE_TORCH_ABI(KVCACHE_NEED)
   KVCACHE_TORCH_ABI_OPTIONAL(KVCACHE_FIND)
+  if (void* cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD)) {
+    lib = cuda;
+    KVCACHE_TORCH_ABI_CUDA(KVCACHE_FIND)
+  }
 #undef KVCACHE_NEED
 #undef KVCACHE_FIND
 }

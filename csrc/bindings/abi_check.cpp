@@ -22,6 +22,14 @@ struct Same<kvcache::abi::Handle*> {
   using type = ::AtenTensorHandle*;
 };
 template <>
+struct Same<kvcache::abi::Guard> {
+  using type = ::DeviceGuardHandle;
+};
+template <>
+struct Same<kvcache::abi::Guard*> {
+  using type = ::DeviceGuardHandle*;
+};
+template <>
 struct Same<kvcache::abi::Library> {
   using type = ::TorchLibraryHandle;
 };
@@ -46,6 +54,7 @@ static_assert(std::is_same_v<Value, ::StableIValue>);
 #define KVCACHE_CHECK(result, name, parameters) \
   static_assert(std::is_same_v<Function<result parameters>::type, decltype(::name)>, #name);
 KVCACHE_TORCH_ABI(KVCACHE_CHECK)
+KVCACHE_TORCH_ABI_CUDA(KVCACHE_CHECK)
 #if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
 KVCACHE_TORCH_ABI_OPTIONAL(KVCACHE_CHECK)
 #endif

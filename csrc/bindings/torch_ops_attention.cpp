@@ -1,4 +1,4 @@
-// decode_attention, prefill_attention, column_sums, selection_scores: schema, checks, scratch memory and threads.
+// decode_attention, prefill_attention, column_sums, selection_scores, page_scores: schema, checks, scratch memory and threads.
 // Semantics: python/kvcache/ops/reference.py.
 #include <algorithm>
 #include <limits>
@@ -7,6 +7,7 @@
 #include "../core/split.h"
 #include "../cpu/attention_plan.h"
 #include "../cpu/kernels.h"
+#include "../cuda/kernels.h"
 #include "torch_ops.h"
 
 namespace kvcache {
@@ -25,7 +26,8 @@ int64_t max_count(const PagedView& view) {
 // The arguments that the attention ops share, as far as they are there.
 class AttentionChecker : public Checker {
  public:
-  AttentionChecker(const char* op, AttentionParams& p) : Checker(op), p_(p) {}
+  AttentionChecker(const char* op, Backend backend, AttentionParams& p)
+      : Checker(op, backend), p_(p), backend_(backend) {}
 
   // q [R, Hq, T, Dk], or [R, Hq, Dk] for one token.
   void query(const Tensor& q, bool tokens) {
@@ -69,13 +71,15 @@ class AttentionChecker : public Checker {
     p_.softcap = float(softcap);
   }
 
-  void index(const OptionalTensor& index, const OptionalTensor& index_counts) {
+  void index(const OptionalTensor& index, const OptionalTensor& index_counts, bool pages = false) {
     if (index.has_value() != index_counts.has_value()) value_error("index and index_counts need each other");
     if (!index) return;
     p_.index = int32("index", *index, {rows(), {"heads", kAny}, {"K", kAny}});
     p_.index_heads = heads_of("index", *index, {1, p_.view.heads});
     p_.index_width = index->size(2);
     p_.index_counts = int32("index_counts", *index_counts, {rows(), {"heads", p_.index_heads}});
+    p_.index_pages = pages;
+    if (backend_ != Backend::kCpu) return;
     for (int64_t i = 0; i < int64_t(p_.view.rows) * p_.index_heads; ++i) index_list(i);
   }
 
@@ -102,15 +106,17 @@ class AttentionChecker : public Checker {
                   ", needs 0 to K=" + std::to_string(p_.index_width));
     }
     const int32_t* counts = p_.view.counts + row * p_.view.heads;
-    const int64_t room = p_.index_heads == p_.view.heads ? counts[head]
-                         : p_.view.heads > 0             ? *std::max_element(counts, counts + p_.view.heads)
-                                                         : 0;
+    const int64_t entries = p_.index_heads == p_.view.heads ? counts[head]
+                            : p_.view.heads > 0             ? *std::max_element(counts, counts + p_.view.heads)
+                                                            : 0;
+    const int64_t room = p_.index_pages ? ceil_div(entries, p_.view.page_size) : entries;
+    const char* what = p_.index_pages ? "page" : "slot";
     const int32_t* slots = p_.index + i * p_.index_width;
     bool ascending = true;
     for (int64_t j = 0; j < n; ++j) {
       if (slots[j] < 0 || slots[j] >= room) {
-        value_error("index of " + name + " lists slot " + std::to_string(slots[j]) + ", needs a slot below " +
-                    std::to_string(room));
+        value_error("index of " + name + " lists " + what + " " + std::to_string(slots[j]) + ", needs a " + what +
+                    " below " + std::to_string(room));
       }
       ascending = ascending && (j == 0 || slots[j] > slots[j - 1]);
     }
@@ -118,26 +124,24 @@ class AttentionChecker : public Checker {
     std::vector<int32_t> sorted(slots, slots + n);
     std::sort(sorted.begin(), sorted.end());
     if (auto twice = std::adjacent_find(sorted.begin(), sorted.end()); twice != sorted.end()) {
-      value_error("index of " + name + " lists slot " + std::to_string(*twice) + " twice");
+      value_error("index of " + name + " lists " + what + " " + std::to_string(*twice) + " twice");
     }
   }
 
   AttentionParams& p_;
+  Backend backend_;
 };
 
-Tensor scratch(const Tensor& like, int64_t floats) {
-  return abi::empty(like, {floats}, abi::aoti_torch_dtype_float32());
-}
-
+template <Backend B>
 std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                             const Tensor& table, const Tensor& counts, const Tensor& positions,
                                             const OptionalTensor& window_start, const OptionalTensor& sinks,
                                             const OptionalTensor& bias, const OptionalTensor& index,
                                             const OptionalTensor& index_counts, const OptionalTensor& statistics,
-                                            double scale, double softcap, double statistics_decay,
-                                            bool statistics_max) {
+                                            double scale, double softcap, double statistics_decay, bool statistics_max,
+                                            bool index_pages, const OptionalTensor& plan) {
   AttentionParams p{};
-  AttentionChecker check("decode_attention", p);
+  AttentionChecker check("decode_attention", B, p);
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, table);
   check.head_sizes(view);
@@ -147,7 +151,7 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pag
   check.sinks(sinks);
   check.bias(bias);
   check.softcap(softcap);
-  check.index(index, index_counts);
+  check.index(index, index_counts, index_pages);
   if (statistics) {
     p.statistics = const_cast<float*>(
         check.float32("statistics", *statistics, {{"R", view.rows}, {"H", view.heads}, {"C", view.capacity}}));
@@ -157,29 +161,38 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pag
   p.statistics_decay = float(statistics_decay);
   p.statistics_max = statistics_max;
 
-  const int64_t items = int64_t(view.rows) * view.heads;
-  const int64_t most = p.index ? std::min(p.index_width, max_count(view)) : max_count(view);
-  const int64_t per_head = most * (view.k_dim + view.v_dim);
-  p.splits = items * per_head < grain(1) ? 1 : decode_splits(abi::num_threads(), view.rows, view.heads, most);
-  Tensor out = abi::empty(q, {view.rows, p.query_heads, view.v_dim}, q.dtype());
-  Tensor lse = abi::empty(q, {view.rows, p.query_heads}, abi::aoti_torch_dtype_float32());
+  Tensor out = check.empty(q, {view.rows, p.query_heads, view.v_dim}, q.dtype());
+  Tensor lse = check.empty(q, {view.rows, p.query_heads}, abi::aoti_torch_dtype_float32());
   p.out = out.mutable_data<void>();
   p.lse = lse.mutable_data<float>();
-  Tensor memory(nullptr);
-  if (const int64_t floats = cpu::decode_scratch_floats(p)) {
-    memory = scratch(q, floats);
+  if constexpr (B == Backend::kCuda) {
+    const Launch launch(check, q);
+    if (plan) p.plan = check.int32("plan", *plan, {{"size", kAny}});
+    const Tensor memory = check.scratch(q, cuda::decode_attention_scratch(p, launch.multiprocessors()));
     p.scratch = memory.mutable_data<float>();
-  }
-  abi::parallel_for(items * p.splits, grain(per_head / p.splits),
-                    [&](int64_t begin, int64_t end) { cpu::table().decode_attention(p, begin, end); });
-  if (p.splits > 1 || p.statistics) {
-    const int64_t work = p.splits * view.v_dim + (p.statistics ? 4 * most : 0);
-    abi::parallel_for(items, grain(work),
-                      [&](int64_t begin, int64_t end) { cpu::table().decode_combine(p, begin, end); });
+    launch.succeed(cuda::decode_attention(p, launch.multiprocessors(), launch.stream()));
+  } else {
+    const int64_t items = int64_t(view.rows) * view.heads;
+    const int64_t most = p.index ? std::min(p.index_width, max_count(view)) : max_count(view);
+    const int64_t per_head = most * (view.k_dim + view.v_dim);
+    p.splits = items * per_head < grain(1) ? 1 : decode_splits(abi::num_threads(), view.rows, view.heads, most);
+    Tensor memory(nullptr);
+    if (const int64_t floats = cpu::decode_scratch_floats(p)) {
+      memory = check.scratch(q, floats * int64_t{sizeof(float)});
+      p.scratch = memory.mutable_data<float>();
+    }
+    abi::parallel_for(items * p.splits, grain(per_head / p.splits),
+                      [&](int64_t begin, int64_t end) { cpu::table().decode_attention(p, begin, end); });
+    if (p.splits > 1 || p.statistics) {
+      const int64_t work = p.splits * view.v_dim + (p.statistics ? 4 * most : 0);
+      abi::parallel_for(items, grain(work),
+                        [&](int64_t begin, int64_t end) { cpu::table().decode_combine(p, begin, end); });
+    }
   }
   return {std::move(out), std::move(lse)};
 }
 
+template <Backend B>
 std::tuple<Tensor, Tensor> prefill_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                              const Tensor& table, const Tensor& counts, const Tensor& positions,
                                              const Tensor& q_positions, const OptionalTensor& window_start,
@@ -187,7 +200,7 @@ std::tuple<Tensor, Tensor> prefill_attention(const Tensor& q, const Tensor& k_pa
                                              const OptionalTensor& mask, const OptionalTensor& index,
                                              const OptionalTensor& index_counts, double scale, double softcap) {
   AttentionParams p{};
-  AttentionChecker check("prefill_attention", p);
+  AttentionChecker check("prefill_attention", B, p);
   PagedView& view = p.view;
   view = check.pages(k_pages, &v_pages, table);
   check.head_sizes(view);
@@ -204,23 +217,31 @@ std::tuple<Tensor, Tensor> prefill_attention(const Tensor& q, const Tensor& k_pa
   p.scale = float(scale);
   p.splits = 1;
 
-  Tensor out = abi::empty(q, {view.rows, p.tokens, p.query_heads, view.v_dim}, q.dtype());
-  Tensor lse = abi::empty(q, {view.rows, p.query_heads, p.tokens}, abi::aoti_torch_dtype_float32());
+  Tensor out = check.empty(q, {view.rows, p.tokens, p.query_heads, view.v_dim}, q.dtype());
+  Tensor lse = check.empty(q, {view.rows, p.query_heads, p.tokens}, abi::aoti_torch_dtype_float32());
   p.out = out.mutable_data<void>();
   p.lse = lse.mutable_data<float>();
-  const int64_t block = cpu::prefill_query_block(p.query_heads, view.heads);
-  const int64_t items = int64_t(view.rows) * view.heads * ceil_div(p.tokens, block);
-  abi::parallel_for(items, 1, [&](int64_t begin, int64_t end) { cpu::table().prefill_attention(p, begin, end); });
+  if constexpr (B == Backend::kCuda) {
+    const Launch launch(check, q);
+    const Tensor memory = check.scratch(q, cuda::prefill_attention_scratch(p, launch.multiprocessors()));
+    p.scratch = memory.mutable_data<float>();
+    launch.succeed(cuda::prefill_attention(p, launch.multiprocessors(), launch.stream()));
+  } else {
+    const int64_t block = cpu::prefill_query_block(p.query_heads, view.heads);
+    const int64_t items = int64_t(view.rows) * view.heads * ceil_div(p.tokens, block);
+    abi::parallel_for(items, 1, [&](int64_t begin, int64_t end) { cpu::table().prefill_attention(p, begin, end); });
+  }
   return {std::move(out), std::move(lse)};
 }
 
+template <Backend B>
 Tensor column_sums(const Tensor& q, const Tensor& k_pages, const Tensor& table, const Tensor& counts,
                    const Tensor& positions, const Tensor& q_positions, const Tensor& lse,
                    const OptionalTensor& window_start, const OptionalTensor& bias, const OptionalTensor& mask,
                    double scale, double softcap, int64_t last, bool reduce_max) {
   ColumnSumsParams sums{};
   AttentionParams& p = sums.attention;
-  AttentionChecker check("column_sums", p);
+  AttentionChecker check("column_sums", B, p);
   PagedView& view = p.view;
   view = check.pages(k_pages, nullptr, table);
   check.head_sizes(view);
@@ -232,43 +253,66 @@ Tensor column_sums(const Tensor& q, const Tensor& k_pages, const Tensor& table, 
   check.mask(mask);
   check.softcap(softcap);
   sums.lse = check.float32("lse", lse, {{"R", view.rows}, {"Hq", p.query_heads}, {"T", p.tokens}});
-  if (last < 0) check.value_error("last is " + std::to_string(last) + ", needs 0 (all) or more");
+  if (last < 0 || last > INT32_MAX) check.value_error("last is " + std::to_string(last) + ", needs 0 (all) or more");
   check.live_pages(view);
   p.scale = float(scale);
   p.splits = 1;
   sums.reduce_max = reduce_max;
 
-  // The first of the `last` real queries of each row.
-  std::vector<int32_t> query_begin(view.rows, 0);
-  for (int64_t r = 0; r < view.rows && last > 0; ++r) {
-    int32_t t = p.tokens;
-    for (int64_t real = 0; t > 0; --t) {
-      real += p.q_positions[r * p.tokens + t - 1] >= 0;
-      if (real > last) break;
-    }
-    query_begin[r] = t;
-  }
-  sums.query_begin = query_begin.data();
-
-  Tensor out = abi::empty(q, {view.rows, view.heads, view.capacity}, abi::aoti_torch_dtype_float32());
+  Tensor out = check.empty(q, {view.rows, view.heads, view.capacity}, abi::aoti_torch_dtype_float32());
   sums.sums = out.mutable_data<float>();
-  std::fill_n(sums.sums, int64_t(view.rows) * view.heads * view.capacity, 0.0f);
-  if (p.tokens == 0 || p.query_heads == 0) return out;
-  const int64_t items = int64_t(view.rows) * view.heads * ceil_div(view.capacity, cpu::kColumnBlock);
-  abi::parallel_for(items, 1, [&](int64_t begin, int64_t end) { cpu::table().column_sums(sums, begin, end); });
+  if constexpr (B == Backend::kCuda) {
+    const Launch launch(check, q);
+    const Tensor begin = check.empty(q, {view.rows}, abi::aoti_torch_dtype_int32());
+    sums.query_begin = begin.mutable_data<int32_t>();
+    launch.succeed(cuda::query_begin({p.q_positions, view.rows, p.tokens, int32_t(last), begin.mutable_data<int32_t>()},
+                                     launch.stream()));
+    const Tensor memory = check.scratch(q, cuda::column_sums_scratch(sums, launch.multiprocessors()));
+    p.scratch = memory.mutable_data<float>();
+    launch.succeed(cuda::column_sums(sums, launch.multiprocessors(), launch.stream()));
+  } else {
+    // The first of the `last` real queries of each row.
+    std::vector<int32_t> query_begin(view.rows, 0);
+    for (int64_t r = 0; r < view.rows && last > 0; ++r) {
+      int32_t t = p.tokens;
+      for (int64_t real = 0; t > 0; --t) {
+        real += p.q_positions[r * p.tokens + t - 1] >= 0;
+        if (real > last) break;
+      }
+      query_begin[r] = t;
+    }
+    sums.query_begin = query_begin.data();
+    std::fill_n(sums.sums, int64_t(view.rows) * view.heads * view.capacity, 0.0f);
+    if (p.tokens == 0 || p.query_heads == 0) return out;
+    const int64_t items = int64_t(view.rows) * view.heads * ceil_div(view.capacity, cpu::kColumnBlock);
+    abi::parallel_for(items, 1, [&](int64_t begin, int64_t end) { cpu::table().column_sums(sums, begin, end); });
+  }
   return out;
 }
 
-Tensor selection_scores(const Tensor& q, const Tensor& k_pages, const Tensor& table, const Tensor& counts,
-                        const Tensor& positions, const Tensor& first, const Tensor& end, double scale, bool soft,
-                        bool per_head) {
-  AttentionParams attention{};
-  AttentionChecker check("selection_scores", attention);
-  attention.view = check.pages(k_pages, nullptr, table);
-  check.head_sizes(attention.view);
-  check.entries(attention.view, counts, positions);
-  check.query(q, false);
-  SelectionParams p{};
+void listed_pages(const Checker& check, const SelectionParams& p) {
+  const int64_t heads = p.per_head ? p.view.heads : 1;
+  for (int64_t i = 0; i < p.view.rows * heads; ++i) {
+    const int64_t n = p.page_counts[i], row = i / heads, head = p.per_head ? i % heads : 0;
+    if (n < 0 || n > p.page_width) {
+      check.value_error("page_counts of " + head_name(i, heads) + " is " + std::to_string(n) +
+                        ", needs 0 to W=" + std::to_string(p.page_width));
+    }
+    const int64_t held = p.view.heads > 0 ? ceil_div(p.view.counts[row * p.view.heads + head], p.view.page_size) : 0;
+    const int32_t* pages = p.pages + i * p.page_width;
+    for (int64_t j = 0; j < n; ++j) {
+      if (pages[j] < 0 || pages[j] >= held || (j > 0 && pages[j] <= pages[j - 1])) {
+        check.value_error("pages of " + head_name(i, heads) + " lists " + std::to_string(pages[j]) +
+                          ", needs ascending columns below " + std::to_string(held));
+      }
+    }
+  }
+}
+
+// What selection_scores and page_scores share. The candidates' range and the heads' agreement.
+template <class Params>
+void selection_params(const AttentionChecker& check, Backend backend, const AttentionParams& attention,
+                      const Tensor& first, const Tensor& end, double scale, bool soft, bool per_head, Params& p) {
   p.view = attention.view;
   p.q = attention.q;
   p.query_heads = attention.query_heads;
@@ -278,26 +322,104 @@ Tensor selection_scores(const Tensor& q, const Tensor& k_pages, const Tensor& ta
   p.first = check.int32("first", first, {{"R", p.view.rows}});
   p.end = check.int32("end", end, {{"R", p.view.rows}});
   const int64_t heads = p.view.heads, items = int64_t(p.view.rows) * heads;
-  for (int64_t i = 0; i < items && !per_head; ++i) {
+  for (int64_t i = 0; i < items && !per_head && backend == Backend::kCpu; ++i) {
     if (p.view.counts[i] != p.view.counts[i / heads * heads]) {
       check.value_error("counts of " + head_name(i, heads) +
                         " differs from its row's first head; without per_head all heads must hold the same entries");
     }
   }
   check.live_pages(p.view);
+}
 
-  const int64_t lines = per_head ? items : p.view.rows;
-  Tensor out = abi::empty(q, {p.view.rows, per_head ? heads : 1, p.view.capacity}, abi::aoti_torch_dtype_float32());
+template <Backend B>
+Tensor selection_scores(const Tensor& q, const Tensor& k_pages, const Tensor& table, const Tensor& counts,
+                        const Tensor& positions, const Tensor& first, const Tensor& end, double scale, bool soft,
+                        bool per_head, const OptionalTensor& pages, const OptionalTensor& page_counts) {
+  AttentionParams attention{};
+  AttentionChecker check("selection_scores", B, attention);
+  attention.view = check.pages(k_pages, nullptr, table);
+  check.head_sizes(attention.view);
+  check.entries(attention.view, counts, positions);
+  check.query(q, false);
+  SelectionParams p{};
+  selection_params(check, B, attention, first, end, scale, soft, per_head, p);
+  const int64_t heads = p.view.heads, items = int64_t(p.view.rows) * heads;
+  const int64_t voting = per_head ? heads : 1, lines = p.view.rows * voting;
+  int64_t width = p.view.capacity;
+  if (pages.has_value() != page_counts.has_value()) check.value_error("pages and page_counts need each other");
+  if (pages) {
+    const Dim rows{"R", p.view.rows}, voters{"heads", voting};
+    p.pages = check.int32("pages", *pages, {rows, voters, {"W", kAny}});
+    p.page_width = pages->size(2);
+    p.page_counts = check.int32("page_counts", *page_counts, {rows, voters});
+    width = p.page_width * p.view.page_size;
+    if (B == Backend::kCpu) listed_pages(check, p);
+  }
+  Tensor out = check.empty(q, {p.view.rows, voting, width}, abi::aoti_torch_dtype_float32());
   p.scores = out.mutable_data<float>();
-  std::fill_n(p.scores, lines * p.view.capacity, kNegInf);
-  if (items == 0 || p.query_heads == 0) return out;
-  Tensor memory = scratch(q, int64_t(p.view.rows) * p.query_heads * p.view.capacity);
+  if constexpr (B == Backend::kCuda) {
+    const Launch launch(check, q);
+    const Tensor memory = check.scratch(q, cuda::selection_scores_scratch(p));
+    p.scratch = memory.mutable_data<float>();
+    launch.succeed(cuda::selection_scores(p, launch.stream()));
+  } else {
+    std::fill_n(p.scores, lines * width, kNegInf);
+    if (items == 0 || p.query_heads == 0) return out;
+    const Tensor memory = check.scratch(q, int64_t(p.view.rows) * p.query_heads * width * int64_t{sizeof(float)});
+    p.scratch = memory.mutable_data<float>();
+    const int64_t most = std::min(width, max_count(p.view));
+    abi::parallel_for(items, grain(most * p.view.k_dim),
+                      [&](int64_t begin, int64_t end) { cpu::table().selection_logits(p, begin, end); });
+    abi::parallel_for(lines, grain(most * p.query_heads / voting),
+                      [&](int64_t begin, int64_t end) { cpu::table().selection_vote(p, begin, end); });
+  }
+  return out;
+}
+
+template <Backend B>
+Tensor page_scores(const Tensor& q, const Tensor& bounds, const Tensor& table, const Tensor& counts,
+                   const Tensor& positions, const Tensor& first, const Tensor& end, double scale, bool soft,
+                   bool per_head) {
+  AttentionParams attention{};
+  AttentionChecker check("page_scores", B, attention);
+  PagedView& view = attention.view;
+  view.dtype = check.storage("bounds", bounds);
+  check.shape("bounds", bounds, {{"P", kAny}, {"2", 2}, {"Dk", kAny}});
+  view.pages = bounds.size(0);
+  view.k_dim = int32_t(bounds.size(2));
+  check.bounds(view, bounds);
+  check.head_sizes(view);
+  check.table(view, "table", table);
+  check.shape("positions", positions, {{"R", view.rows}, {"H", view.heads}, {"C", kAny}});
+  if (view.table_width > 0 ? positions.size(2) % view.table_width != 0 : positions.size(2) != 0) {
+    check.value_error("positions has a capacity of " + std::to_string(positions.size(2)) +
+                      ", needs a multiple of the table's width M=" + std::to_string(view.table_width));
+  }
+  view.capacity = positions.size(2);
+  view.page_size = view.table_width > 0 ? int32_t(view.capacity / view.table_width) : 1;
+  check.entries(view, counts, positions);
+  check.query(q, false);
+  PageScoresParams p{};
+  selection_params(check, B, attention, first, end, scale, soft, per_head, p);
+  p.bounds = bounds.data<void>();
+  const int64_t items = int64_t(view.rows) * view.heads, voting = per_head ? view.heads : 1;
+  Tensor out = check.empty(q, {view.rows, voting, view.table_width}, abi::aoti_torch_dtype_float32());
+  p.scores = out.mutable_data<float>();
+  const Tensor memory =
+      check.scratch(q, int64_t(view.rows) * p.query_heads * view.table_width * int64_t{sizeof(float)});
   p.scratch = memory.mutable_data<float>();
-  const int64_t most = max_count(p.view);
-  abi::parallel_for(items, grain(most * p.view.k_dim),
-                    [&](int64_t begin, int64_t end) { cpu::table().selection_logits(p, begin, end); });
-  abi::parallel_for(lines, grain(most * p.query_heads / (per_head ? heads : 1)),
-                    [&](int64_t begin, int64_t end) { cpu::table().selection_vote(p, begin, end); });
+  if constexpr (B == Backend::kCuda) {
+    const Launch launch(check, q);
+    launch.succeed(cuda::page_scores(p, launch.stream()));
+  } else {
+    std::fill_n(p.scores, view.rows * voting * view.table_width, kNegInf);
+    if (items == 0 || p.query_heads == 0) return out;
+    abi::parallel_for(items, grain(2 * int64_t(view.table_width) * view.k_dim),
+                      [&](int64_t begin, int64_t end) { cpu::table().page_logits(p, begin, end); });
+    abi::parallel_for(view.rows * voting,
+                      grain(int64_t(view.table_width) * p.query_heads / std::max<int64_t>(voting, 1)),
+                      [&](int64_t begin, int64_t end) { cpu::table().page_vote(p, begin, end); });
+  }
   return out;
 }
 
@@ -309,22 +431,27 @@ const Op kAttentionOps[] = {
      "prefill_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor counts, Tensor positions, "
      "Tensor q_positions, Tensor? window_start, Tensor? sinks, Tensor? bias, Tensor? mask, Tensor? index, "
      "Tensor? index_counts, float scale, float softcap=0.0) -> (Tensor, Tensor)",
-     abi::Box<bindings::prefill_attention>::call},
+     KVCACHE_OP(prefill_attention)},
     {"decode_attention",
      "decode_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor table, Tensor counts, Tensor positions, "
      "Tensor? window_start, Tensor? sinks, Tensor? bias, Tensor? index, Tensor? index_counts, "
      "Tensor(a!)? statistics, float scale, float softcap=0.0, float statistics_decay=1.0, "
-     "bool statistics_max=False) -> (Tensor, Tensor)",
-     abi::Box<bindings::decode_attention>::call},
+     "bool statistics_max=False, bool index_pages=False, Tensor? plan=None) -> (Tensor, Tensor)",
+     KVCACHE_OP(decode_attention)},
     {"column_sums",
      "column_sums(Tensor q, Tensor k_pages, Tensor table, Tensor counts, Tensor positions, Tensor q_positions, "
      "Tensor lse, Tensor? window_start, Tensor? bias, Tensor? mask, float scale, float softcap=0.0, int last=0, "
      "bool reduce_max=False) -> Tensor",
-     abi::Box<bindings::column_sums>::call},
+     KVCACHE_OP(column_sums)},
     {"selection_scores",
      "selection_scores(Tensor q, Tensor k_pages, Tensor table, Tensor counts, Tensor positions, Tensor first, "
-     "Tensor end, float scale, bool soft=True, bool per_head=False) -> Tensor",
-     abi::Box<bindings::selection_scores>::call},
+     "Tensor end, float scale, bool soft=True, bool per_head=False, Tensor? pages=None, Tensor? page_counts=None) "
+     "-> Tensor",
+     KVCACHE_OP(selection_scores)},
+    {"page_scores",
+     "page_scores(Tensor q, Tensor bounds, Tensor table, Tensor counts, Tensor positions, Tensor first, Tensor end, "
+     "float scale, bool soft=True, bool per_head=False) -> Tensor",
+     KVCACHE_OP(page_scores)},
     {},
 };
 

@@ -65,7 +65,7 @@ struct AttentionParams {
   float* statistics;     // decode: [rows, heads, capacity] or null
   float statistics_decay;
   bool statistics_max;
-  float* scratch;       // decode: see attention_plan.h: decode_scratch_floats
+  float* scratch;       // CPU, decode: see attention_plan.h: decode_scratch_floats; GPU: *_scratch() in cuda/kernels.h
   int32_t splits;       // decode on the CPU: pieces that a head's entries are cut into (core/split.h)
   const int32_t* plan;  // decode on a GPU: this layer's part of a plan (core/decode_plan.h)
 };
@@ -86,6 +86,14 @@ struct ColumnSumsParams {
   const int32_t* query_begin;  // [rows] first query that counts (the `last` ones), 0 for all
   float* sums;                 // [rows, heads, capacity], zeroed by the caller
   bool reduce_max;
+};
+
+// For each row the first of its `last` real queries (position >= 0); the first of all when last is 0 or more than there
+// are.
+struct QueryBeginParams {
+  const int32_t* q_positions;  // [rows, tokens]
+  int32_t rows, tokens, last;
+  int32_t* query_begin;  // [rows]
 };
 
 struct SelectionParams {

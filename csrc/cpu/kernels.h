@@ -23,6 +23,13 @@ struct Table {
   void (*selection_vote)(const SelectionParams&, int64_t begin, int64_t end);      // per_head ? row * heads + head : row; after all selection_logits
   void (*topk)(const TopKParams&, int64_t begin, int64_t end);                     // row * heads + head
   void (*choose_victims)(const VictimParams&, int64_t begin, int64_t end);         // row * heads + head
+  void (*page_bounds)(const PageBoundsParams&, int64_t begin, int64_t end);        // row * heads + head
+  void (*page_logits)(const PageScoresParams&, int64_t begin, int64_t end);        // as selection_logits
+  void (*page_vote)(const PageScoresParams&, int64_t begin, int64_t end);          // as selection_vote
+  void (*query_similarity)(const SimilarityParams&, int64_t begin, int64_t end);   // row
+  void (*active_rows)(const ActiveRowsParams&);
+  void (*gather_rows)(const RowsParams&, int64_t begin, int64_t end);              // row of `picked`
+  void (*scatter_rows)(const RowsParams&, int64_t begin, int64_t end);             // row of `picked`
   // Limits of this machine, for bench/: _C.probe_read(address, bytes) -> checksum, _C.probe_fma(iterations) -> flops done.
   double (*probe_read)(const void* data, int64_t bytes);  // streams through `bytes` (a multiple of 4096)
   int64_t (*probe_fma)(int64_t iterations);

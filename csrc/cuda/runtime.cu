@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstring>
 
 namespace kvcache::cuda {
@@ -34,6 +35,17 @@ int device(int ordinal, Device* result) {
   result->multiprocessors = properties.multiProcessorCount;
   result->memory = static_cast<int64_t>(properties.totalGlobalMem);
   return 0;
+}
+
+int multiprocessors(int ordinal) {
+  constexpr int kKnown = 64;
+  static std::atomic<int> known[kKnown];
+  int count = ordinal >= 0 && ordinal < kKnown ? known[ordinal].load(std::memory_order_relaxed) : 0;
+  if (count == 0) {
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, ordinal) != cudaSuccess) count = 1;
+    if (ordinal >= 0 && ordinal < kKnown) known[ordinal].store(count, std::memory_order_relaxed);
+  }
+  return count;
 }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -16,6 +16,7 @@ int runtime_version();
 int driver_version();  // newest CUDA that the driver supports; 0 without a driver
 int device_count(int* count);
 int device(int ordinal, Device* result);
+int multiprocessors(int ordinal);  // looked up once; 1 if that fails
 const char* error_string(int error);
 
 }  // namespace kvcache::cuda

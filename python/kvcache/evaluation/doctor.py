@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from .. import _C, __version__, ops
+from ..attention import CACHE
 from ..policies.base import REGISTRY
 from ..wrap import wrap
 from .rows import processor
@@ -18,7 +19,6 @@ from .rows import processor
 __all__ = ["CHECKS", "facts", "run"]
 
 #: Names in ``kvcache.ops`` that are no ops.
-_NOT_OPS = ("backend", "set_backend", "use_backend")
 #: Optional arguments of decode attention, all left out.
 _NOTHING: dict[str, Any] = dict.fromkeys(
     ("window_start", "sinks", "bias", "index", "index_counts", "statistics"),
@@ -55,13 +55,12 @@ def facts() -> Iterator[tuple[str, str]]:
 
 def _registry() -> str:
     """Every op of ``kvcache.ops`` is registered with torch, with a kernel for the CPU."""
-    names = [n for n in ops.__all__ if n not in _NOT_OPS]
-    for name in names:
+    for name in ops.OPS:
         if not hasattr(torch.ops.kvcache, name):
             raise RuntimeError(f"torch does not know kvcache::{name}")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kvcache::{name}", "CPU"):
             raise RuntimeError(f"kvcache::{name} has no CPU kernel")
-    return f"{len(names)} ops registered with torch, each with a CPU kernel"
+    return f"{len(ops.OPS)} ops registered with torch, each with a CPU kernel"
 
 
 def _case(dtype: torch.dtype) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def _generation() -> str:
     if not torch.equal(model.generate(prompt, **asked), plain):
         raise RuntimeError("a wrapped tiny Llama with policy 'full' generates other tokens than unwrapped")
     wrap(model, "h2o(heavy=8, recent=8)")
-    cache = model.generate(prompt, **asked, return_dict_in_generate=True).past_key_values
+    cache = model.generate(prompt, **asked, return_dict_in_generate=True)[CACHE]
     if not bool((cache.kept(0) == 16).all()):
         raise RuntimeError(f"h2o(heavy=8, recent=8) keeps {cache.kept(0).tolist()} entries instead of 16")
     return "a wrapped tiny Llama generates the same tokens; H2O keeps its budget"

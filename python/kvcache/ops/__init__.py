@@ -7,9 +7,9 @@ plain-torch reference instead, on any device and with the same checks of the arg
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from kvcache import _C  # noqa: F401  # registers torch.ops.kvcache
 from kvcache.ops import fake, reference, validation
 
 __all__ = [
+    "OPS",
+    "active_rows",
     "append",
     "backend",
     "choose_victims",
@@ -25,44 +27,74 @@ __all__ = [
     "compact",
     "copy_pages",
     "decode_attention",
+    "gather_rows",
     "overwrite",
+    "page_bounds",
+    "page_scores",
     "prefill_attention",
+    "query_similarity",
+    "register_backend",
+    "scatter_rows",
     "selection_scores",
     "set_backend",
     "topk",
     "use_backend",
 ]
 
-fake.register()
+#: The ops, by name.
+OPS = (
+    "active_rows",
+    "append",
+    "choose_victims",
+    "column_sums",
+    "compact",
+    "copy_pages",
+    "decode_attention",
+    "gather_rows",
+    "overwrite",
+    "page_bounds",
+    "page_scores",
+    "prefill_attention",
+    "query_similarity",
+    "scatter_rows",
+    "selection_scores",
+    "topk",
+)
 
-_native = torch.ops.kvcache
-# Bound once: finding the overload at every call costs 0.3 µs.
-_append = _native.append.default
-_copy_pages = _native.copy_pages.default
-_compact = _native.compact.default
-_overwrite = _native.overwrite.default
-_decode_attention = _native.decode_attention.default
-_prefill_attention = _native.prefill_attention.default
-_column_sums = _native.column_sums.default
-_selection_scores = _native.selection_scores.default
-_topk = _native.topk.default
-_choose_victims = _native.choose_victims.default
 
-BACKENDS = ("native", "reference")
-_use_reference = False
+class _Overloads:
+    """The ops of one backend, bound once: finding an overload at every call costs 0.3 µs."""
+
+    def __init__(self, namespace: Any) -> None:
+        for name in OPS:
+            setattr(self, name, getattr(namespace, name).default)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:  # for the type checker
+        raise AttributeError(name)
+
+
+fake.register("kvcache")
+_backends: dict[str, _Overloads | None] = {"native": _Overloads(torch.ops.kvcache), "reference": None}
+_backend = "native"
+_native = _backends["native"]
 
 
 def backend() -> str:
-    """``"native"`` or ``"reference"``."""
-    return "reference" if _use_reference else "native"
+    """The name of the backend in use, ``"native"`` unless changed."""
+    return _backend
+
+
+def register_backend(name: str, namespace: Any) -> None:
+    """Add a backend: a namespace with the ops of ``torch.ops.kvcache``, e.g. the emulated CUDA kernels of the tests."""
+    _backends[name] = _Overloads(namespace)
 
 
 def set_backend(name: str) -> None:
-    """Choose what all later calls run."""
-    global _use_reference
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}, must be one of {', '.join(BACKENDS)}")
-    _use_reference = name == "reference"
+    """Choose what all later calls run: "native" (kernels for the tensors' device), "reference" or a registered one."""
+    global _backend, _native
+    if name not in _backends:
+        raise ValueError(f"unknown backend {name!r}, must be one of {', '.join(_backends)}")
+    _backend, _native = name, _backends[name]
 
 
 @contextmanager
@@ -99,30 +131,32 @@ def append(
     v: Tensor,
     new_positions: Tensor,
     new_columns: Tensor | None = None,
+    bounds: Tensor | None = None,
 ) -> None:
     """Write new tokens behind the entries of each head: :func:`kvcache.ops.reference.append`.
 
     ``k`` and ``v`` may have any strides with 1 in the last dimension and another dtype than the pages. A table too
     small for the new entries is a ValueError, and nothing has changed then.
     """
-    if _use_reference:
-        validation.append(k_pages, v_pages, table, counts, positions, columns, k, v, new_positions, new_columns)
-        reference.append(k_pages, v_pages, table, counts, positions, columns, k, v, new_positions, new_columns)
+    args = (k_pages, v_pages, table, counts, positions, columns, k, v, new_positions, new_columns, bounds)
+    if _native is None:
+        validation.append(*args)
+        reference.append(*args)
         return
     try:
-        _append(k_pages, v_pages, table, counts, positions, columns, k, v, new_positions, new_columns)
+        _native.append(*args)
     except RuntimeError as error:
         _raise(error)
 
 
 def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
     """Copy whole pages: :func:`kvcache.ops.reference.copy_pages`."""
-    if _use_reference:
+    if _native is None:
         validation.copy_pages(k_pages, v_pages, source, target)
         reference.copy_pages(k_pages, v_pages, source, target)
         return
     try:
-        _copy_pages(k_pages, v_pages, source, target)
+        _native.copy_pages(k_pages, v_pages, source, target)
     except RuntimeError as error:
         _raise(error)
 
@@ -143,12 +177,12 @@ def compact(
     A page of ``target_table`` is either the source's page in the same column or a page that the source does not use.
     """
     args = (k_pages, v_pages, source_table, target_table, counts, positions, columns, keep, keep_counts)
-    if _use_reference:
+    if _native is None:
         validation.compact(*args)
         reference.compact(*args)
         return
     try:
-        _compact(*args)
+        _native.compact(*args)
     except RuntimeError as error:
         _raise(error)
 
@@ -163,12 +197,12 @@ def overwrite(
     victims: Tensor,
 ) -> None:
     """Evict one entry per head, O(1): :func:`kvcache.ops.reference.overwrite`."""
-    if _use_reference:
+    if _native is None:
         validation.overwrite(k_pages, v_pages, table, counts, positions, columns, victims)
         reference.overwrite(k_pages, v_pages, table, counts, positions, columns, victims)
         return
     try:
-        _overwrite(k_pages, v_pages, table, counts, positions, columns, victims)
+        _native.overwrite(k_pages, v_pages, table, counts, positions, columns, victims)
     except RuntimeError as error:
         _raise(error)
 
@@ -195,11 +229,11 @@ def prefill_attention(
         q, k_pages, v_pages, table, counts, positions, q_positions, window_start, sinks, bias, mask, index,
         index_counts, scale, softcap,
     )  # fmt: skip
-    if _use_reference:
+    if _native is None:
         validation.prefill_attention(*args)
         return reference.prefill_attention(*args)
     try:
-        return _prefill_attention(*args)
+        return _native.prefill_attention(*args)
     except RuntimeError as error:
         _raise(error)
 
@@ -221,17 +255,19 @@ def decode_attention(
     softcap: float = 0.0,
     statistics_decay: float = 1.0,
     statistics_max: bool = False,
+    index_pages: bool = False,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per row: :func:`kvcache.ops.reference.decode_attention`."""
     args = (
         q, k_pages, v_pages, table, counts, positions, window_start, sinks, bias, index, index_counts, statistics,
-        scale, softcap, statistics_decay, statistics_max,
+        scale, softcap, statistics_decay, statistics_max, index_pages, plan,
     )  # fmt: skip
-    if _use_reference:
+    if _native is None:
         validation.decode_attention(*args)
         return reference.decode_attention(*args)
     try:
-        return _decode_attention(*args)
+        return _native.decode_attention(*args)
     except RuntimeError as error:
         _raise(error)
 
@@ -257,11 +293,11 @@ def column_sums(
         q, k_pages, table, counts, positions, q_positions, lse, window_start, bias, mask, scale, softcap, last,
         reduce_max,
     )  # fmt: skip
-    if _use_reference:
+    if _native is None:
         validation.column_sums(*args)
         return reference.column_sums(*args)
     try:
-        return _column_sums(*args)
+        return _native.column_sums(*args)
     except RuntimeError as error:
         _raise(error)
 
@@ -277,14 +313,16 @@ def selection_scores(
     scale: float,
     soft: bool = True,
     per_head: bool = False,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
 ) -> Tensor:
     """Score of each candidate entry for a query: :func:`kvcache.ops.reference.selection_scores`."""
-    args = (q, k_pages, table, counts, positions, first, end, scale, soft, per_head)
-    if _use_reference:
+    args = (q, k_pages, table, counts, positions, first, end, scale, soft, per_head, pages, page_counts)
+    if _native is None:
         validation.selection_scores(*args)
         return reference.selection_scores(*args)
     try:
-        return _selection_scores(*args)
+        return _native.selection_scores(*args)
     except RuntimeError as error:
         _raise(error)
 
@@ -297,17 +335,21 @@ def topk(
     first: Tensor,
     end: Tensor,
     width: int,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    page_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Slots of the protected entries and the k best others, ascending: :func:`kvcache.ops.reference.topk`.
 
     ``scores``, ``positions``, ``counts`` and ``k`` may have any strides (1 in a third dimension): views and
     ``expand`` cost no copy.
     """
-    if _use_reference:
-        validation.topk(scores, counts, positions, k, first, end, width)
-        return reference.topk(scores, counts, positions, k, first, end, width)
+    args = (scores, counts, positions, k, first, end, width, pages, page_counts, page_size)
+    if _native is None:
+        validation.topk(*args)
+        return reference.topk(*args)
     try:
-        return _topk(scores, counts, positions, k, first, end, width)
+        return _native.topk(*args)
     except RuntimeError as error:
         _raise(error)
 
@@ -324,11 +366,96 @@ def choose_victims(
 
     Strides as for :func:`topk`.
     """
-    if _use_reference:
+    if _native is None:
         validation.choose_victims(scores, counts, positions, budgets, first, end)
         return reference.choose_victims(scores, counts, positions, budgets, first, end)
     try:
-        return _choose_victims(scores, counts, positions, budgets, first, end)
+        return _native.choose_victims(scores, counts, positions, budgets, first, end)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def page_bounds(k_pages: Tensor, table: Tensor, counts: Tensor, bounds: Tensor) -> None:
+    """Recompute the smallest and largest key of each live page: :func:`kvcache.ops.reference.page_bounds`."""
+    args = (k_pages, table, counts, bounds)
+    if _native is None:
+        validation.page_bounds(*args)
+        reference.page_bounds(*args)
+        return
+    try:
+        _native.page_bounds(*args)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def page_scores(
+    q: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool = True,
+    per_head: bool = False,
+) -> Tensor:
+    """Score of each page from the bounds of its keys: :func:`kvcache.ops.reference.page_scores`."""
+    args = (q, bounds, table, counts, positions, first, end, scale, soft, per_head)
+    if _native is None:
+        validation.page_scores(*args)
+        return reference.page_scores(*args)
+    try:
+        return _native.page_scores(*args)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def query_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of two queries over all their heads: :func:`kvcache.ops.reference.query_similarity`."""
+    args = (a, b)
+    if _native is None:
+        validation.query_similarity(*args)
+        return reference.query_similarity(*args)
+    try:
+        return _native.query_similarity(*args)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def active_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the true elements of a mask: :func:`kvcache.ops.reference.active_rows`."""
+    args = (mask,)
+    if _native is None:
+        validation.active_rows(*args)
+        return reference.active_rows(*args)
+    try:
+        return _native.active_rows(*args)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of a matrix by number: :func:`kvcache.ops.reference.gather_rows`."""
+    args = (x, index)
+    if _native is None:
+        validation.gather_rows(*args)
+        return reference.gather_rows(*args)
+    try:
+        return _native.gather_rows(*args)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def scatter_rows(x: Tensor, rows: Tensor, index: Tensor) -> None:
+    """Put rows of a matrix back by number: :func:`kvcache.ops.reference.scatter_rows`."""
+    args = (x, rows, index)
+    if _native is None:
+        validation.scatter_rows(*args)
+        reference.scatter_rows(*args)
+        return
+    try:
+        _native.scatter_rows(*args)
     except RuntimeError as error:
         _raise(error)
 

@@ -61,8 +61,8 @@ def _choose_victims(
     return counts.new_empty(counts.shape)
 
 
-def register() -> None:
-    """Register all of them; once, after the native ops."""
+def register(namespace: str) -> None:
+    """Register all of them for ``torch.ops.<namespace>``; once, after its ops."""
     for name, function in {
         "append": _nothing,
         "copy_pages": _nothing,
@@ -75,4 +75,4 @@ def register() -> None:
         "topk": _topk,
         "choose_victims": _choose_victims,
     }.items():
-        torch.library.register_fake(f"kvcache::{name}")(function)
+        torch.library.register_fake(f"{namespace}::{name}")(function)
