@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
-TRANSFORMERS ?= transformers>=5.17,<5.24
+TRANSFORMERS ?= transformers>=5.17,<6
 ARGS   ?=
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check install -q

@@ -149,7 +149,7 @@ def test_a_forward_that_does_not_fit_changes_nothing(inputs, error, message, pol
 def test_a_cache_of_another_model_is_refused():
     model, other = kvcache.wrap(build()), kvcache.wrap(build(num_hidden_layers=4))
     cache = kvcache.KVCache(other)
-    with pytest.raises(ValueError, match="past_key_values has 4 layers, but Qwen3ForCausalLM 3"):
+    with pytest.raises(ValueError, match="the cache has 4 layers, but Qwen3ForCausalLM 3"):
         model(prompt(5), past_key_values=cache)
     assert cache.seen_tokens == 0
 

@@ -223,7 +223,9 @@ std::tuple<Tensor, Tensor> prefill_attention(const Tensor& q, const Tensor& k_pa
   p.lse = lse.mutable_data<float>();
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, q);
-    launch.succeed(cuda::prefill_attention(p, launch.stream()));
+    const Tensor memory = check.scratch(q, cuda::prefill_attention_scratch(p, launch.multiprocessors()));
+    p.scratch = memory.mutable_data<float>();
+    launch.succeed(cuda::prefill_attention(p, launch.multiprocessors(), launch.stream()));
   } else {
     const int64_t block = cpu::prefill_query_block(p.query_heads, view.heads);
     const int64_t items = int64_t(view.rows) * view.heads * ceil_div(p.tokens, block);
@@ -265,7 +267,9 @@ Tensor column_sums(const Tensor& q, const Tensor& k_pages, const Tensor& table, 
     sums.query_begin = begin.mutable_data<int32_t>();
     launch.succeed(cuda::query_begin({p.q_positions, view.rows, p.tokens, int32_t(last), begin.mutable_data<int32_t>()},
                                      launch.stream()));
-    launch.succeed(cuda::column_sums(sums, launch.stream()));
+    const Tensor memory = check.scratch(q, cuda::column_sums_scratch(sums, launch.multiprocessors()));
+    p.scratch = memory.mutable_data<float>();
+    launch.succeed(cuda::column_sums(sums, launch.multiprocessors(), launch.stream()));
   } else {
     // The first of the `last` real queries of each row.
     std::vector<int32_t> query_begin(view.rows, 0);

@@ -65,7 +65,7 @@ struct AttentionParams {
   float* statistics;     // decode: [rows, heads, capacity] or null
   float statistics_decay;
   bool statistics_max;
-  float* scratch;       // decode: see attention_plan.h: decode_scratch_floats
+  float* scratch;       // CPU, decode: see attention_plan.h: decode_scratch_floats; GPU: *_scratch() in cuda/kernels.h
   int32_t splits;       // decode on the CPU: pieces that a head's entries are cut into (core/split.h)
   const int32_t* plan;  // decode on a GPU: this layer's part of a plan (core/decode_plan.h)
 };

@@ -21,9 +21,12 @@ int page_bounds(const PageBoundsParams& p, Stream stream);
 int plan_decode(const PlanParams& p, Stream stream);
 int64_t decode_attention_scratch(const AttentionParams& p, int multiprocessors);
 int decode_attention(const AttentionParams& p, int multiprocessors, Stream stream);
-int prefill_attention(const AttentionParams& p, Stream stream);
+int64_t prefill_attention_scratch(const AttentionParams& p, int multiprocessors);
+int prefill_attention(const AttentionParams& p, int multiprocessors, Stream stream);
 int query_begin(const QueryBeginParams& p, Stream stream);
-int column_sums(const ColumnSumsParams& p, Stream stream);  // writes every entry of sums, zeros where dead
+int64_t column_sums_scratch(const ColumnSumsParams& p, int multiprocessors);
+// Writes every entry of sums, zeros where dead. Scratch: p.attention.scratch.
+int column_sums(const ColumnSumsParams& p, int multiprocessors, Stream stream);
 
 // Selection.
 int64_t selection_scores_scratch(const SelectionParams& p);

@@ -7,9 +7,10 @@ another kind) both functions are what the model used before.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -27,14 +28,23 @@ from .step import Attention
 if TYPE_CHECKING:
     from .cache import KVCache
 
-if not Version("5.17") <= Version(transformers.__version__) < Version("5.24.dev0"):
-    raise ImportError(
-        f"kvcache works with transformers 5.17 to 5.23, found {transformers.__version__}: "
-        "5.24 renamed the models' past_key_values argument to cache, which kvcache does not know yet"
-    )
+if not Version("5.17") <= Version(transformers.__version__) < Version("6.dev0"):
+    raise ImportError(f"kvcache works with transformers 5.17 to 5.x, found {transformers.__version__}")
 
 NAME = "kvcache"  # plain on purpose: "flash" or "paged|" in a name changes transformers' behaviour
 HANDLE = "_kvcache_layer"
+#: The name of a model's argument and output that holds its cache: since transformers 5.24, and before.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+def cache_argument(parameters: Iterable[str]) -> str:
+    """Which of :data:`CACHE_ARGUMENTS` a function with these parameters has."""
+    new, old = CACHE_ARGUMENTS
+    return new if new in parameters else old
+
+
+#: What the installed transformers calls it.
+CACHE = cache_argument(inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters)
 
 
 @dataclass

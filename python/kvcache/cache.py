@@ -123,7 +123,8 @@ class PagedLayer(CacheLayerMixin):
 
 
 class KVCache(Cache):
-    """A paged, policy-driven cache for a wrapped model; pass it as ``past_key_values`` or let ``generate`` make one.
+    """A paged, policy-driven cache for a wrapped model; ``generate`` makes one, or takes it as ``past_key_values``
+    (since transformers 5.24 also as ``cache``).
 
     Arguments
         model: a model that :func:`kvcache.wrap` has wrapped.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import NAME, Frame, current_frame, set_frame
+from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, set_frame
 from .rotation import Rotation
 
 if TYPE_CHECKING:
@@ -97,11 +97,15 @@ class OpenForward:
             return None  # an outer module of the same model opened it
         state = wrapped_state(self.model)
         assert state is not None
-        kwargs = {**dict(zip(_parameters(type(module).forward), args)), **kwargs}
+        names = _parameters(type(module).forward)
+        kwargs = {**dict(zip(names, args)), **kwargs}
         implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
-        cache = kwargs.get("past_key_values")
+        name = cache_argument(names)
+        if name not in kwargs and (given := kwargs.keys() & CACHE_ARGUMENTS):
+            kwargs[name] = kwargs.pop(given.pop())  # the argument's name in another version of transformers
+        cache = kwargs.get(name)
         if cache is None and self._wants_cache(kwargs):
-            cache = kwargs["past_key_values"] = KVCache(self.model)
+            cache = kwargs[name] = KVCache(self.model)
         if not isinstance(cache, KVCache):
             set_frame(Frame(None, state.original, self.model, module, frame))
             return (), kwargs
@@ -112,7 +116,7 @@ class OpenForward:
             )
         if len(cache.layers) != len(state.windows):
             raise ValueError(
-                f"past_key_values has {len(cache.layers)} layers, but {type(self.model).__name__} {len(state.windows)}"
+                f"the cache has {len(cache.layers)} layers, but {type(self.model).__name__} {len(state.windows)}"
             )
         if kwargs.get("output_attentions") or self.model.config.output_attentions:
             raise ValueError("output_attentions=True is not possible: paged attention never holds the probabilities")

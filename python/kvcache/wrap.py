@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .attention import NAME
+from .attention import NAME, cache_argument
 from .cache import KVCache, check_options, layer_windows, resolve_policy
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
 from .policies import Policy
@@ -121,14 +121,15 @@ def _prepare_cache(
     if mask is not None and mask.ndim == 2 and not bool(mask.any(1).all()):
         row = int((~mask.bool().any(1)).nonzero()[0])
         raise ValueError(f"row {row} of the prompt is empty: its attention_mask is 0 everywhere")
-    given = model_kwargs.get("past_key_values") is not None
+    name = cache_argument(inspect.signature(type(self).prepare_inputs_for_generation).parameters)
+    given = model_kwargs.get(name) is not None
     if not given and generation_config.use_cache is not False and generation_config.cache_implementation is None:
-        model_kwargs["past_key_values"] = KVCache(self)
+        model_kwargs[name] = KVCache(self)
         if generation_config.is_assistant:
-            model_kwargs["past_key_values"].activate_past_recording()
+            model_kwargs[name].activate_past_recording()
     else:
         type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(name)
     if isinstance(cache, KVCache):
         if cache.engine.recording and not generation_config.is_assistant:
             # A kept cache may come from assisted decoding, which asks for recording anew: accept what it left.
@@ -168,7 +169,7 @@ def attention_tiers(model: PreTrainedModel, count: int) -> frozenset[int]:
     if missing:
         kinds = sorted({type(m).__name__ for m in model.modules() if getattr(m, "layer_idx", None) in missing})
         raise ValueError(
-            f"{type(model).__name__}: layer {missing[0]} has no attention module that calls past_key_values.update() "
+            f"{type(model).__name__}: layer {missing[0]} has no attention module that calls update() of the cache "
             f"and transformers' attention interface (modules of that layer: {', '.join(kinds) or 'none found'}); "
             "kvcache does not support this model yet"
         )

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from .. import _C, __version__, ops
+from ..attention import CACHE
 from ..policies.base import REGISTRY
 from ..wrap import wrap
 from .rows import processor
@@ -59,7 +60,7 @@ def _registry() -> str:
             raise RuntimeError(f"torch does not know kvcache::{name}")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kvcache::{name}", "CPU"):
             raise RuntimeError(f"kvcache::{name} has no CPU kernel")
-    return f"{len(names)} ops registered with torch, each with a CPU kernel"
+    return f"{len(ops.OPS)} ops registered with torch, each with a CPU kernel"
 
 
 def _case(dtype: torch.dtype) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def _generation() -> str:
     if not torch.equal(model.generate(prompt, **asked), plain):
         raise RuntimeError("a wrapped tiny Llama with policy 'full' generates other tokens than unwrapped")
     wrap(model, "h2o(heavy=8, recent=8)")
-    cache = model.generate(prompt, **asked, return_dict_in_generate=True).past_key_values
+    cache = model.generate(prompt, **asked, return_dict_in_generate=True)[CACHE]
     if not bool((cache.kept(0) == 16).all()):
         raise RuntimeError(f"h2o(heavy=8, recent=8) keeps {cache.kept(0).tolist()} entries instead of 16")
     return "a wrapped tiny Llama generates the same tokens; H2O keeps its budget"

@@ -28,6 +28,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from transformers.generation.streamers import BaseStreamer
 
 from .. import _C
+from ..attention import CACHE
 from ..cache import KVCache
 from ..policies import parse_policy
 from ..report import human_bytes
@@ -122,7 +123,7 @@ class _Contender:
             self.sequence = self.model.generate(
                 self.sequence,
                 attention_mask=torch.ones_like(self.sequence),
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 max_new_tokens=tokens + 2,
                 do_sample=False,
                 disable_compile=True,
@@ -147,7 +148,7 @@ def _fill(wrapped: PreTrainedModel, policy: str, dense: DynamicCache, prompt: Te
     if parsed.columns or parsed.schedules or parsed.positions != "original":  # what dense entries do not tell
         cache = KVCache(wrapped, policy)
         with torch.inference_mode():
-            wrapped(prompt, past_key_values=cache, logits_to_keep=1)
+            wrapped(prompt, **{CACHE: cache}, logits_to_keep=1)
         return cache
     full = KVCache(wrapped, "full")
     for i, layer in enumerate(dense.layers):
@@ -169,7 +170,7 @@ def _contenders(
     began = time.perf_counter()
     dense = DynamicCache(config=model.config)
     with torch.inference_mode():
-        logits = model(prompt, past_key_values=dense, logits_to_keep=1).logits
+        logits = model(prompt, **{CACHE: dense}, logits_to_keep=1).logits
     sequence = torch.cat([prompt, logits[:, -1].argmax(-1, keepdim=True)], 1)
     eager = share_weights(model)
     eager.set_attn_implementation("eager")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from ..attention import CACHE
 from ..cache import KVCache
 from .tasks import Corpus, Example, TaskGenerator
 
@@ -147,13 +148,13 @@ def generate_answers(
         context = rows[0].question_start if protocol == "agnostic" else prompts.shape[1] - 1
         context = min(context, prompts.shape[1] - 1)  # generate() needs a token to go on from
         cache = KVCache(model, policy)
-        model(prompts[:, :context], past_key_values=cache, logits_to_keep=1)
+        model(prompts[:, :context], **{CACHE: cache}, logits_to_keep=1)
         held.add(cache, len(rows))
         # A real attention mask keeps generate() from guessing one; every column is real.
         out = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=wanted.shape[1],
             min_new_tokens=wanted.shape[1],
             do_sample=False,
@@ -223,12 +224,12 @@ def text_bits(
     for start in range(0, len(windows), batch):
         tokens = torch.from_numpy(windows[start : start + batch])
         cache = KVCache(model, policy)
-        logits = model(tokens[:, :prefix], past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(tokens[:, :prefix], **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
         loss = torch.zeros(len(tokens), dtype=torch.float64)
         for i in range(prefix, length):
             loss += F.cross_entropy(logits.float(), tokens[:, i], reduction="none").double()
             if i + 1 < length:
-                logits = model(tokens[:, i : i + 1], past_key_values=cache).logits[:, -1]
+                logits = model(tokens[:, i : i + 1], **{CACHE: cache}).logits[:, -1]
             if tick is not None and (i - prefix) % 64 == 63:
                 tick()
         held.add(cache, len(tokens))
@@ -279,7 +280,7 @@ def decode_times(
         *((p, wrapped, KVCache(wrapped, p)) for p in policies),
     ]
     for _, model, cache in contenders:
-        model(tokens, past_key_values=cache, logits_to_keep=1)
+        model(tokens, **{CACHE: cache}, logits_to_keep=1)
     token = tokens[:, -1:]
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     spent: dict[str, list[float]] = {name: [] for name, _, _ in contenders}
@@ -288,7 +289,7 @@ def decode_times(
             times = []
             for _ in range(steps):
                 begin = clock()
-                model(token, past_key_values=cache)
+                model(token, **{CACHE: cache})
                 times.append(clock() - begin)
             if r:  # the first round warms up
                 spent[name].append(statistics.median(times) * 1e3)
