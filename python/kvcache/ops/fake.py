@@ -49,7 +49,16 @@ def _selection_scores(
 
 
 def _topk(
-    scores: Tensor, counts: Tensor, positions: Tensor, k: Tensor, first: Tensor, end: Tensor, width: int
+    scores: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    first: Tensor,
+    end: Tensor,
+    width: int,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    page_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     rows, heads = counts.shape
     return counts.new_empty(rows, heads, width), counts.new_empty(rows, heads)
@@ -59,6 +68,14 @@ def _choose_victims(
     scores: Tensor | None, counts: Tensor, positions: Tensor, budgets: Tensor, first: Tensor, end: Tensor
 ) -> Tensor:
     return counts.new_empty(counts.shape)
+
+
+def _active_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    return mask.new_empty(mask.shape, dtype=torch.int32), mask.new_empty(1, dtype=torch.int32)
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], x.shape[1])
 
 
 def register(namespace: str) -> None:
@@ -74,5 +91,9 @@ def register(namespace: str) -> None:
         "selection_scores": _selection_scores,
         "topk": _topk,
         "choose_victims": _choose_victims,
+        "page_bounds": _nothing,
+        "active_rows": _active_rows,
+        "gather_rows": _gather_rows,
+        "scatter_rows": _nothing,
     }.items():
         torch.library.register_fake(f"{namespace}::{name}")(function)

@@ -12,6 +12,7 @@ table      [R, H, M] int32         page ids; entry ``slot // S`` holds ``slot``;
 counts     [R, H] int32            entries held by a head; slots ``0 .. count-1`` are alive, in any order
 positions  [R, H, C] int32         position of each entry among the real (not padding) tokens of its row
 columns    [N, R, H, C] float32    side columns; column 0 is the score
+bounds     [P, 2, Dk]              smallest and largest key of each page, per channel, in the pages' dtype
 ========== ======================= ==========================================================================
 
 Slots at or beyond ``count`` hold garbage, also NaN: no op lets it through.
@@ -54,11 +55,15 @@ def append(
     v: Tensor,
     new_positions: Tensor,
     new_columns: Tensor | None = None,
+    bounds: Tensor | None = None,
 ) -> None:
     """Write ``k`` [R, H, T, Dk] and ``v`` [R, H, T, Dv] behind the entries of each head, in place.
 
-    ``new_positions`` [R, T] int32; -1 marks a token that is not stored (padding, or a layer that this token skips).
-    ``new_columns`` [N, R, H, T] float32 fills the side columns, zeros when None. Adds to ``counts``.
+    ``new_positions`` [R, T] int32; negative marks a token that is not stored (padding, or a layer that this token
+    skips). ``new_columns`` [N, R, H, T] float32 fills the side columns, zeros when None. Adds to ``counts``.
+    ``bounds`` are kept up to date: those of a page whose first slot is written start afresh, others widen; NaN keys
+    leave them alone (a page and channel of nothing but NaN has the bounds inf and -inf). Entries that other ops move
+    into a page do not count: :func:`page_bounds`.
     """
     page_size = k_pages.shape[1]
     for r in range(table.shape[0]):
@@ -70,7 +75,35 @@ def append(
             v_pages[pages, slots % page_size] = v[r, h, keep].to(v_pages.dtype)
             positions[r, h, slots] = new_positions[r, keep]
             columns[:, r, h, slots] = 0.0 if new_columns is None else new_columns[:, r, h, keep]
+            if bounds is not None:
+                for column in (slots // page_size).unique().tolist():
+                    new = slots[slots // page_size == column] % page_size
+                    page = int(table[r, h, column])
+                    _widen(bounds[page], k_pages[page, new], fresh=int(new[0]) == 0)
         counts[r] += len(keep)
+
+
+def _widen(bounds: Tensor, keys: Tensor, fresh: bool) -> None:
+    """Make ``bounds`` [2, Dk] of a page include ``keys`` [n, Dk]; fresh: nothing else."""
+    missing = keys.isnan()
+    low = keys.masked_fill(missing, float("inf")).amin(0)
+    high = keys.masked_fill(missing, NEG_INF).amax(0)
+    bounds[0] = low if fresh else torch.fmin(bounds[0], low)
+    bounds[1] = high if fresh else torch.fmax(bounds[1], high)
+
+
+def page_bounds(k_pages: Tensor, table: Tensor, counts: Tensor, bounds: Tensor) -> None:
+    """Recompute ``bounds`` of every page that holds an entry, from the keys of its live slots.
+
+    For what :func:`append` did not see: after compaction, overwriting, or when bounds are first wanted. A page that
+    several heads share holds the same live slots in each.
+    """
+    page_size = k_pages.shape[1]
+    for r in range(table.shape[0]):
+        for h in range(table.shape[1]):
+            for column, begin in enumerate(range(0, int(counts[r, h]), page_size)):
+                page = int(table[r, h, column])
+                _widen(bounds[page], k_pages[page, : int(counts[r, h]) - begin], fresh=True)
 
 
 def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
@@ -332,6 +365,9 @@ def topk(
     first: Tensor,
     end: Tensor,
     width: int,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    page_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Slots to keep or read: every protected entry and the ``k`` best candidates of each head.
 
@@ -339,8 +375,13 @@ def topk(
     ``position >= end`` are protected; of the rest the ``k`` with the highest score are taken (all of them when there
     are fewer), ties to the lowest position; NaN ranks lowest. Candidates scored -inf are taken last, not excluded.
 
+    ``pages`` [R, H, W] int32, of which the first ``page_counts`` [R, H] count, lists ascending columns of the table:
+    nothing but the entries of those pages exists then, and ``scores`` [R, H, W * page_size] are theirs, in the order
+    of the list (score i is that of slot ``pages[i // page_size] * page_size + i % page_size``).
+
     Returns ``index`` [R, H, width] int32, slots ascending, padded with -1, and ``index_counts`` [R, H] int32. Raises
-    ValueError when a head needs more than ``width`` slots.
+    ValueError when a head needs more than ``width`` slots. On a GPU nobody can raise: ``index_counts`` says how many
+    slots such a head needs, and ``index`` holds the first ``width`` of them.
     """
     rows, heads = counts.shape
     index = torch.full((rows, heads, width), -1, dtype=torch.int32, device=scores.device)
@@ -348,13 +389,21 @@ def topk(
     for r in range(rows):
         for h in range(heads):
             n = int(counts[r, h])
-            p = positions[r, h, :n]
+            entries = torch.arange(n, device=scores.device)
+            of_entry = scores[r, h, :n]
+            if pages is not None:
+                assert page_counts is not None
+                listed = pages[r, h, : int(page_counts[r, h])].long()
+                entries = (listed[:, None] * page_size + torch.arange(page_size, device=scores.device)).flatten()
+                of_entry = scores[r, h, : len(entries)][entries < n]
+                entries = entries[entries < n]
+            p = positions[r, h, entries]
             protected = (p < first[r]) | (p >= end[r])
             candidates = (~protected).nonzero().squeeze(-1)
             candidates = candidates[p[candidates].argsort(stable=True)]
-            values = scores[r, h, candidates].double().nan_to_num(nan=NEG_INF, posinf=float("inf"), neginf=NEG_INF)
+            values = of_entry[candidates].double().nan_to_num(nan=NEG_INF, posinf=float("inf"), neginf=NEG_INF)
             best = candidates[values.argsort(descending=True, stable=True)[: max(int(k[r, h]), 0)]]
-            slots = torch.cat([protected.nonzero().squeeze(-1), best]).sort().values
+            slots = entries[torch.cat([protected.nonzero().squeeze(-1), best]).sort().values]
             if len(slots) > width:
                 raise ValueError(f"topk: width={width} is too small, head ({r}, {h}) keeps {len(slots)} entries")
             index[r, h, : len(slots)] = slots.int()
@@ -415,3 +464,26 @@ def overwrite(
             positions[r, h, victim] = positions[r, h, last]
             columns[:, r, h, victim] = columns[:, r, h, last]
             counts[r, h] -= 1
+
+
+def active_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the true elements of ``mask`` [n] bool: ``index`` [n] int32, ascending, padded with -1, and ``count``
+    [1] int32. The shapes do not depend on the mask, so that the rest of a step can be captured in a graph."""
+    rows = mask.nonzero().squeeze(-1).int()
+    index = torch.full(mask.shape, -1, dtype=torch.int32, device=mask.device)
+    index[: len(rows)] = rows
+    return index, torch.tensor([len(rows)], dtype=torch.int32, device=mask.device)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [m] int32 of ``x`` [n, D], as [m, D]; -1 gives a row of zeros."""
+    rows = x.new_zeros(index.shape[0], x.shape[1])
+    listed = index >= 0
+    rows[listed] = x[index[listed].long()]
+    return rows
+
+
+def scatter_rows(x: Tensor, rows: Tensor, index: Tensor) -> None:
+    """Write ``rows`` [m, D] over the rows ``index`` [m] int32 of ``x`` [n, D]; -1: nowhere. No row is listed twice."""
+    listed = index >= 0
+    x[index[listed].long()] = rows[listed]

@@ -119,6 +119,14 @@ class _View(_Checker):
         for r, h in ((counts < 0) | (counts > capacity)).nonzero().tolist():
             raise self.value_error(f"counts of head ({r}, {h}) is {int(counts[r, h])}, needs 0 to C={capacity}")
 
+    def bounds(self, bounds: Tensor, dtype: torch.dtype) -> None:
+        self.dtype("bounds", bounds, *STORAGE)
+        if bounds.dtype != dtype:
+            raise TypeError(f"{self.op}: bounds is {_name(bounds.dtype)}, needs the dtype of the pages")
+        self.shape("bounds", bounds, [("P", self.pages), ("2", 2), ("Dk", self.k_dim)])
+        self.contiguous("bounds", bounds)
+        self.place("bounds", bounds)
+
     def columns(self, columns: Tensor) -> None:
         self.plain("columns", columns, torch.float32, [("N", None), *self.per_entry])
 
@@ -133,6 +141,22 @@ class _View(_Checker):
             raise self.value_error(
                 f"{name} of head ({r}, {h}) holds page {page} in column {c}, needs 0 to P-1={self.pages - 1}"
             )
+
+    def listed_pages(self, pages: Tensor, page_counts: Tensor, columns: int) -> None:
+        """``pages`` [R, H, W] lists ascending columns of a table, the first ``page_counts`` [R, H] of them count."""
+        width = pages.shape[2]
+        for r in range(pages.shape[0]):
+            for h in range(pages.shape[1]):
+                n = int(page_counts[r, h])
+                if not 0 <= n <= width:
+                    raise self.value_error(f"page_counts of head ({r}, {h}) is {n}, needs 0 to W={width}")
+                before = -1
+                for page in pages[r, h, :n].tolist():
+                    if not before < page < columns:
+                        raise self.value_error(
+                            f"pages of head ({r}, {h}) lists {page}, needs ascending columns below {columns}"
+                        )
+                    before = page
 
     def live_pages(self) -> None:
         self.page_ids("table", self.table, torch.zeros_like(self.counts), self.counts)
@@ -226,6 +250,7 @@ def append(
     v: Tensor,
     new_positions: Tensor,
     new_columns: Tensor | None,
+    bounds: Tensor | None,
 ) -> None:
     check = _View("append")
     check.view(k_pages, v_pages, table)
@@ -237,6 +262,8 @@ def append(
     check.plain("new_positions", new_positions, torch.int32, [*check.per_row, tokens])
     if new_columns is not None:
         check.plain("new_columns", new_columns, torch.float32, [("N", columns.shape[0]), *check.per_head, tokens])
+    if bounds is not None:
+        check.bounds(bounds, k_pages.dtype)
     after = counts + (new_positions >= 0).sum(1, keepdim=True)
     for r, h in (after > check.capacity).nonzero().tolist():
         raise check.value_error(
@@ -438,19 +465,42 @@ def selection_scores(
     check.live_pages()
 
 
-def topk(scores: Tensor, counts: Tensor, positions: Tensor, k: Tensor, first: Tensor, end: Tensor, width: int) -> None:
+def topk(
+    scores: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    first: Tensor,
+    end: Tensor,
+    width: int,
+    pages: Tensor | None,
+    page_counts: Tensor | None,
+    page_size: int,
+) -> None:
     check = _View("topk")
     check.strided("scores", scores, (torch.float32,), [("R", None), ("H", None), ("C", None)])
     rows, heads, capacity = scores.shape
     per_head: Dims = [("R", rows), ("H", heads)]
+    if (pages is None) != (page_counts is None):
+        raise check.value_error("pages and page_counts need each other")
+    if pages is not None and page_counts is not None:
+        if page_size < 1:
+            raise check.value_error(f"page_size is {page_size}, needs 1 or more with pages")
+        check.strided("pages", pages, (torch.int32,), [*per_head, ("W", None)])
+        check.strided("page_counts", page_counts, (torch.int32,), per_head)
+        check.shape("scores", scores, [*per_head, ("W*page_size", pages.shape[2] * page_size)])
     check.strided("counts", counts, (torch.int32,), per_head)
-    check.strided("positions", positions, (torch.int32,), [*per_head, ("C", capacity)])
+    per_slot = ("C", capacity if pages is None else None)
+    check.strided("positions", positions, (torch.int32,), [*per_head, per_slot])
+    capacity = positions.shape[2]
     check.strided("k", k, (torch.int32,), per_head)
     check.plain("first", first, torch.int32, per_head[:1])
     check.plain("end", end, torch.int32, per_head[:1])
     if width < 0:
         raise check.value_error(f"width is {width}, needs 0 or more")
     check.counts_in_range(counts, capacity)
+    if pages is not None and page_counts is not None:
+        check.listed_pages(pages, page_counts, -(-capacity // page_size))
 
 
 def choose_victims(
@@ -467,3 +517,44 @@ def choose_victims(
     check.plain("first", first, torch.int32, per_head[:1])
     check.plain("end", end, torch.int32, per_head[:1])
     check.counts_in_range(counts, capacity)
+
+
+def page_bounds(k_pages: Tensor, table: Tensor, counts: Tensor, bounds: Tensor) -> None:
+    check = _View("page_bounds")
+    check.view(k_pages, None, table)
+    check.plain("counts", counts, torch.int32, check.per_head)
+    check.counts_in_range(counts, check.capacity)
+    check.counts = counts
+    check.bounds(bounds, k_pages.dtype)
+    check.live_pages()
+
+
+def active_rows(mask: Tensor) -> None:
+    _Checker("active_rows").plain("mask", mask, torch.bool, [("n", None)])
+
+
+def _rows(check: _Checker, x: Tensor, index: Tensor) -> None:
+    check.dtype("x", x, *STORAGE)
+    check.shape("x", x, [("n", None), ("D", None)])
+    check.contiguous("x", x)
+    check.place("x", x)
+    check.plain("index", index, torch.int32, [("m", None)])
+    for i in index.tolist():
+        if not -1 <= i < x.shape[0]:
+            raise check.value_error(f"index holds {i}, needs -1 to n-1={x.shape[0] - 1}")
+
+
+def gather_rows(x: Tensor, index: Tensor) -> None:
+    _rows(_Checker("gather_rows"), x, index)
+
+
+def scatter_rows(x: Tensor, rows: Tensor, index: Tensor) -> None:
+    check = _Checker("scatter_rows")
+    _rows(check, x, index)
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{check.op}: rows is {type(rows).__name__}, needs a tensor")
+    if rows.dtype != x.dtype:
+        raise TypeError(f"{check.op}: rows has another dtype than x")
+    check.shape("rows", rows, [("m", index.shape[0]), ("D", x.shape[1])])
+    check.contiguous("rows", rows)
+    check.place("rows", rows)
