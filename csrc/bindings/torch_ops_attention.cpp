@@ -388,7 +388,10 @@ Tensor page_scores(const Tensor& q, const Tensor& bounds, const Tensor& table, c
   view.pages = bounds.size(0);
   view.k_dim = int32_t(bounds.size(2));
   check.bounds(view, bounds);
-  check.head_sizes(view);
+  if (view.k_dim < 1 || view.k_dim > Checker::kMaxHeadSize) {
+    check.value_error("bounds has head size " + std::to_string(view.k_dim) + ", needs 1 to " +
+                      std::to_string(Checker::kMaxHeadSize));
+  }
   check.table(view, "table", table);
   check.shape("positions", positions, {{"R", view.rows}, {"H", view.heads}, {"C", kAny}});
   if (view.table_width > 0 ? positions.size(2) % view.table_width != 0 : positions.size(2) != 0) {
