@@ -64,7 +64,7 @@ template <class T, int n>
 __device__ __forceinline__ void append_token(const AppendParams& p, int64_t item, int unit) {
   const PagedView& view = p.view;
   const Share share = share_of<n>(p, item, unit);
-  Pack<T, n> entry;  // loaded before its place is known: one round trip to memory less
+  Pack<T, n> entry{};  // loaded before its place is known: one round trip to memory less
   with_type(share.source->data, share.source->dtype, [&](auto* data) { entry = load_as<T, n>(data + share.offset); });
   if (p.new_positions[item / view.heads] < 0) return;
   const int slot = view.counts[item];
@@ -75,11 +75,8 @@ __device__ __forceinline__ void append_token(const AppendParams& p, int64_t item
   if (share.bounds) {
     T* stored = static_cast<T*>(share.bounds) + page * 2 * share.dim + share.channel;
     ChannelBounds<T, n> bounds;
-    if (inside == 0) {
-      bounds.start();
-    } else {
-      bounds.load(stored, share.dim);
-    }
+    bounds.start();
+    if (inside > 0) bounds.load(stored, share.dim);
     bounds.include(entry);
     bounds.store(stored, share.dim);
   }
@@ -193,11 +190,8 @@ __device__ __forceinline__ void copy_tile(const AppendParams& p, const Tile& til
   T* stored = bounded ? static_cast<T*>(share.bounds) + tile.page * 2 * share.dim + share.channel : nullptr;
   constexpr int kBatch = kBounds ? 4 : 8;  // loads in flight per thread
   ChannelBounds<T, n> bounds;
-  if (bounded && positions[first] < 0) {
-    bounds.start();
-  } else if (bounded) {
-    bounds.load(stored, share.dim);
-  }
+  bounds.start();
+  if (bounded && positions[first] >= 0) bounds.load(stored, share.dim);
   for (int begin = tile.begin; begin < tile.end; begin += kBatch) {
     Pack<T, n> entry[kBatch];
     bool fresh[kBatch];
@@ -218,7 +212,7 @@ __device__ __forceinline__ void copy_tile(const AppendParams& p, const Tile& til
 }
 
 template <class T, int n, bool kBounds>
-__global__ __launch_bounds__(kThreads) void append_many(AppendParams p, int head_tiles, int block_tiles, int tile_slots,
+__global__ __launch_bounds__(kThreads, kBounds ? 1 : 5) void append_many(AppendParams p, int head_tiles, int block_tiles, int tile_slots,
                                                         int tiles_per_page) {
   wait_for_dependencies();
   launch_dependents();

@@ -21,7 +21,7 @@
 namespace kvcache::cuda {
 namespace {
 
-constexpr int kWarps = 32, kThreads = kWarps * 32;
+constexpr int kWarps = 16, kThreads = kWarps * 32;
 constexpr int kStaged = 4096;                        // candidates that fit into shared memory
 constexpr int kSmallWarps = 8, kSmallStaged = 2048;  // short rows: everything fits
 
@@ -63,7 +63,7 @@ __device__ __forceinline__ int count_first_digit(const TopKEntries& entries, Top
 }
 
 template <int kBlockWarps>
-__global__ __launch_bounds__(kBlockWarps * 32) void topk_block(TopKParams p, int room) {
+__global__ __launch_bounds__(kBlockWarps * 32, 1) void topk_block(TopKParams p, int room) {
   wait_for_dependencies();
   launch_dependents();
   KVCACHE_DYNAMIC_SHARED(TopKShared, memory);
@@ -117,7 +117,7 @@ struct Scratch {
 struct TileRange {
   int64_t item;
   int tile, begin, end;
-  __device__ __forceinline__ TileRange(const TopKParams& p, int tiles)
+  __device__ __forceinline__ explicit TileRange(int tiles)
       : item(blockIdx.x / unsigned(tiles)), tile(int(blockIdx.x % unsigned(tiles))) {}
   __device__ __forceinline__ void share(int n, int tiles) {
     const int64_t length = ((int64_t(n) + tiles - 1) / tiles + 31) / 32 * 32;
@@ -132,30 +132,31 @@ __device__ __forceinline__ void store_histogram(const TopKShared& shared, uint32
   }
 }
 
-// shared.histogram = sum over the tiles. Thread i < 1024 has bins 2i and 2i + 1.
+// shared.histogram = sum over the tiles.
 __device__ __forceinline__ void add_histograms(const uint32_t* histograms, int tiles, TopKShared& shared) {
-  static_assert(kThreads == kTopKBins / 2, "two bins per thread");
   constexpr int kBatch = 16;
-  unsigned even = 0, odd = 0;
-  for (int begin = 0; begin < tiles; begin += kBatch) {
-    uint32_t two[kBatch];
+  for (int word = int(threadIdx.x); word < kTopKBins / 2; word += kThreads) {
+    unsigned even = 0, odd = 0;
+    for (int begin = 0; begin < tiles; begin += kBatch) {
+      uint32_t two[kBatch];
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      two[j] = begin + j < tiles ? histograms[int64_t(begin + j) * kThreads + threadIdx.x] : 0;
+      for (int j = 0; j < kBatch; ++j) {
+        two[j] = begin + j < tiles ? histograms[int64_t(begin + j) * (kTopKBins / 2) + word] : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) even += two[j] & 0xffffu, odd += two[j] >> 16;
     }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) even += two[j] & 0xffffu, odd += two[j] >> 16;
+    shared.histogram[2 * word] = even;
+    shared.histogram[2 * word + 1] = odd;
   }
-  shared.histogram[2 * threadIdx.x] = even;
-  shared.histogram[2 * threadIdx.x + 1] = odd;
 }
 
-__global__ __launch_bounds__(kThreads) void topk_count(TopKParams p, void* memory, int tiles) {
+__global__ __launch_bounds__(kThreads, 1) void topk_count(TopKParams p, void* memory, int tiles) {
   wait_for_dependencies();
   launch_dependents();
   KVCACHE_DYNAMIC_SHARED(TopKShared, dynamic);
   TopKShared& shared = *dynamic;
-  TileRange range(p, tiles);
+  TileRange range(tiles);
   const Scratch scratch(memory, range.item, tiles);
   const TopKEntries entries(p, range.item);
   range.share(entries.n, tiles);
@@ -164,12 +165,12 @@ __global__ __launch_bounds__(kThreads) void topk_count(TopKParams p, void* memor
   if (threadIdx.x == 0) scratch.kept()[range.tile] = kept;
 }
 
-__global__ __launch_bounds__(kThreads) void topk_collect(TopKParams p, void* memory, int tiles) {
+__global__ __launch_bounds__(kThreads, 1) void topk_collect(TopKParams p, void* memory, int tiles) {
   wait_for_dependencies();
   launch_dependents();
   KVCACHE_DYNAMIC_SHARED(TopKShared, dynamic);
   TopKShared& shared = *dynamic;
-  TileRange range(p, tiles);
+  TileRange range(tiles);
   const Scratch scratch(memory, range.item, tiles);
   const TopKEntries entries(p, range.item);
   range.share(entries.n, tiles);
@@ -185,12 +186,13 @@ __global__ __launch_bounds__(kThreads) void topk_collect(TopKParams p, void* mem
   // What is certain to be taken from this tile, and how many of the border's bin lie in the tiles before it.
   const bool cut = !search.done(), from_list = search.inside <= kStaged;
   const int bin = int(search.border.score >> 21), lowest = cut ? bin + 1 : bin;
-  const uint32_t two = histograms[int64_t(range.tile) * kThreads + threadIdx.x];
   int above = 0, before = 0;
-  if (int(2 * threadIdx.x) >= lowest) above += int(two & 0xffffu);
-  if (int(2 * threadIdx.x) + 1 >= lowest) above += int(two >> 16);
+  for (int word = int(threadIdx.x); word < kTopKBins / 2; word += kThreads) {
+    const uint32_t two = histograms[int64_t(range.tile) * (kTopKBins / 2) + word];
+    above += (2 * word >= lowest ? int(two & 0xffffu) : 0) + (2 * word + 1 >= lowest ? int(two >> 16) : 0);
+  }
   for (int t = int(threadIdx.x); cut && t < range.tile; t += kThreads) {
-    before += int(histograms[int64_t(t) * kThreads + bin / 2] >> (bin % 2 * 16) & 0xffffu);
+    before += int(histograms[int64_t(t) * (kTopKBins / 2) + bin / 2] >> (bin % 2 * 16) & 0xffffu);
   }
   above = block_sum<kWarps>(above, shared.totals);
   before = block_sum<kWarps>(before, shared.totals);
@@ -213,12 +215,12 @@ __global__ __launch_bounds__(kThreads) void topk_collect(TopKParams p, void* mem
   store_histogram(shared, scratch.histograms(1) + int64_t(range.tile) * (kTopKBins / 2));
 }
 
-__global__ __launch_bounds__(kThreads) void topk_write(TopKParams p, void* memory, int tiles) {
+__global__ __launch_bounds__(kThreads, 1) void topk_write(TopKParams p, void* memory, int tiles) {
   wait_for_dependencies();
   launch_dependents();
   KVCACHE_DYNAMIC_SHARED(TopKShared, dynamic);
   TopKShared& shared = *dynamic;
-  TileRange range(p, tiles);
+  TileRange range(tiles);
   const Scratch scratch(memory, range.item, tiles);
   const TopKEntries entries(p, range.item);
   range.share(entries.n, tiles);

@@ -15,7 +15,7 @@
 namespace kvcache::cuda {
 
 constexpr int kTopKBins = 2048;
-constexpr int kTopKBatch = 4;  // entries that a thread loads at once
+constexpr int kTopKBatch = 8;  // entries that a thread loads at once
 
 struct TopKKey {  // of 12 bytes, so that neighbours lie in different banks
   uint32_t score, position, order;
