@@ -388,7 +388,10 @@ Tensor page_scores(const Tensor& q, const Tensor& bounds, const Tensor& table, c
   view.pages = bounds.size(0);
   view.k_dim = int32_t(bounds.size(2));
   check.bounds(view, bounds);
-  check.head_sizes(view);
+  if (view.k_dim < 1 || view.k_dim > Checker::kMaxHeadSize) {
+    check.value_error("bounds has head size " + std::to_string(view.k_dim) + ", needs 1 to " +
+                      std::to_string(Checker::kMaxHeadSize));
+  }
   check.table(view, "table", table);
   check.shape("positions", positions, {{"R", view.rows}, {"H", view.heads}, {"C", kAny}});
   if (view.table_width > 0 ? positions.size(2) % view.table_width != 0 : positions.size(2) != 0) {
@@ -405,15 +408,17 @@ Tensor page_scores(const Tensor& q, const Tensor& bounds, const Tensor& table, c
   const int64_t items = int64_t(view.rows) * view.heads, voting = per_head ? view.heads : 1;
   Tensor out = check.empty(q, {view.rows, voting, view.table_width}, abi::aoti_torch_dtype_float32());
   p.scores = out.mutable_data<float>();
-  const Tensor memory =
-      check.scratch(q, int64_t(view.rows) * p.query_heads * view.table_width * int64_t{sizeof(float)});
-  p.scratch = memory.mutable_data<float>();
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, q);
+    const Tensor memory = check.scratch(q, cuda::page_scores_scratch(p));
+    p.scratch = memory.mutable_data<float>();
     launch.succeed(cuda::page_scores(p, launch.stream()));
   } else {
     std::fill_n(p.scores, view.rows * voting * view.table_width, kNegInf);
     if (items == 0 || p.query_heads == 0) return out;
+    const Tensor memory =
+        check.scratch(q, int64_t(view.rows) * p.query_heads * view.table_width * int64_t{sizeof(float)});
+    p.scratch = memory.mutable_data<float>();
     abi::parallel_for(items, grain(2 * int64_t(view.table_width) * view.k_dim),
                       [&](int64_t begin, int64_t end) { cpu::table().page_logits(p, begin, end); });
     abi::parallel_for(view.rows * voting,

@@ -123,7 +123,7 @@ struct PageScoresParams {
   float scale;
   bool soft, per_head;
   float* scores;   // [rows, per_head ? heads : 1, table_width]
-  float* scratch;  // [rows, query_heads, table_width] logits
+  float* scratch;  // CPU: [rows, query_heads, table_width] logits; GPU: see cuda/kernels.h
 };
 
 struct SimilarityParams {

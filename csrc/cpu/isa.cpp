@@ -22,6 +22,8 @@
 #include "prefill_attention.inl"
 #include "column_sums.inl"
 #include "selection_scores.inl"
+#include "page_scores.inl"
+#include "query_similarity.inl"
 #include "probe.inl"
 // clang-format on
 
@@ -43,6 +45,9 @@ const Table table = {
     .topk = topk,
     .choose_victims = choose_victims,
     .page_bounds = page_bounds,
+    .page_logits = page_logits,
+    .page_vote = page_vote,
+    .query_similarity = query_similarity,
     .active_rows = active_rows,
     .gather_rows = gather_rows,
     .scatter_rows = scatter_rows,

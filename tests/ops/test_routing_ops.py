@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import NAN, STORAGE_DTYPES, bits
+from support.backends import examples
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -38,7 +39,7 @@ def test_active_rows_are_the_reference(backend, n):
             assert torch.equal(got, want)
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     n=st.integers(1, 40),
     m=st.integers(0, 50),

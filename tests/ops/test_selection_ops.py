@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import NAN
+from support.backends import examples
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -76,7 +77,7 @@ def check_topk(case, width=None, **pages):
         assert torch.equal(got, want)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(case=cases())
 def test_topk_is_the_reference(backend, case):
     check_topk(case)
@@ -97,7 +98,7 @@ def listed_pages(positions, counts, page_size, g):
     return pages, page_counts
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(case=cases(), page_size=st.sampled_from([1, 3, 16, 64]), kind=st.sampled_from(KINDS), seed=st.integers(0, 99))
 def test_topk_of_listed_pages_is_the_reference(backend, case, page_size, kind, seed):
     _, counts, positions, *rest = case
@@ -160,7 +161,7 @@ def test_equal_positions_go_by_slot(backend):
         assert victim.item() == 0
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(case=cases(), with_scores=st.booleans())
 def test_choose_victims_is_the_reference(backend, case, with_scores):
     scores, counts, positions, budgets, first, end = case
@@ -170,7 +171,7 @@ def test_choose_victims_is_the_reference(backend, case, with_scores):
     assert torch.equal(got, reference.choose_victims(scores, counts, positions, budgets, first, end))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(case=cases())
 def test_what_the_victim_leaves_is_what_topk_keeps(backend, case):
     """Evicting one entry by choose_victims equals keeping all but one by topk."""
@@ -245,6 +246,8 @@ def test_many_rows(fast_backend):
     first, end = torch.zeros(rows, dtype=torch.int32), torch.full((rows,), n, dtype=torch.int32)
     victims = ops.choose_victims(scores, counts, positions, counts - 1, first, end)
     assert torch.equal(victims[:, 0].long(), scores[:, 0].argmin(-1))
+    if fast_backend == "emulated":
+        return  # a block of topk meets at many barriers: half a minute
     index, taken = ops.topk(scores, counts, positions, torch.ones_like(counts), first, end, 2)
     assert taken.eq(1).all()
     assert torch.equal(index[:, 0, 0].long(), scores[:, 0].argmax(-1))

@@ -7,6 +7,7 @@ from attention_case import assert_close, calls, ints, logit_error, queries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import make_paged
+from support.backends import examples
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -30,7 +31,7 @@ def check(case, q, first, end, scale, soft, per_head):
 
 
 @given(data=st.data(), call=calls(same_entries=True))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_same_entries_in_all_heads(backend, data, call):
     case, query_heads, g = call
     q = queries(data, case, query_heads, 1, g)[:, :, 0]
@@ -41,7 +42,7 @@ def test_same_entries_in_all_heads(backend, data, call):
 
 
 @given(data=st.data(), call=calls())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_per_head_over_ragged_entries(backend, data, call):
     case, query_heads, g = call
     q = queries(data, case, query_heads, 1, g)[:, :, 0]

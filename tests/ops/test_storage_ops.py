@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import NAN, STORAGE_DTYPES, Paged, bits, make_paged, strided
+from support.backends import examples
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -55,7 +56,7 @@ def assert_same_bounds(a, b):
     torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(
     shape=shapes,
     ns=st.lists(st.one_of(st.integers(0, 20), st.sampled_from([1, 63, 64, 65, 300])), min_size=1, max_size=3),
@@ -149,7 +150,7 @@ def test_bounds_of_a_page_that_is_used_again_start_afresh(backend):
         bounds.zero_()
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(shape=shapes, special=st.booleans())
 def test_page_bounds_are_the_reference(backend, shape, special):
     case = make_paged(**shape)
@@ -207,7 +208,7 @@ def test_append_widens_exactly(backend):
         assert torch.equal(bits(reference.gather_pages(case.k_pages, case.table, case.counts, n)), bits(values.float()))
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(shape=shapes, n=st.integers(0, 6))
 def test_copy_pages_is_the_reference(backend, shape, n):
     case = make_paged(**shape)
@@ -269,7 +270,7 @@ where_to = pytest.mark.parametrize("fresh", ["in place", "fresh", "first page sh
 
 
 @where_to
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(shape=shapes)
 def test_compact_is_the_reference(backend, shape, fresh):
     case = make_paged(**shape)
@@ -308,7 +309,7 @@ def test_compact_moves_what_it_says(backend):
     assert reference.gather_pages(case.v_pages, case.table, case.counts)[0, 0, :3, 0].tolist() == [0, -3, -4]
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(shape=shapes)
 def test_overwrite_is_the_reference(backend, shape):
     case = make_paged(**shape)
@@ -394,18 +395,28 @@ def test_empty_inputs_change_nothing(backend):
     ops.overwrite(*nobody.args, torch.empty(0, 2, dtype=torch.int32))
 
 
-def huge(*shape, elements=2**31 + 2**24):
-    """``elements`` of 16 bits, [n, *shape], that cost no memory until they are written to."""
-    row = math.prod(shape)
-    n = elements // row
-    memory = mmap.mmap(-1, 2 * n * row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+def huge(backend, *shape, elements=2**31 + 2**24):
+    """``elements`` of 16 bits, [n, *shape]; on the host they cost no memory until they are written to."""
+    n = elements // math.prod(shape)
+    if backend == "cuda":
+        return torch.zeros(n, *shape, dtype=torch.bfloat16, device="cuda")
+    size = 2 * n * math.prod(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     return torch.frombuffer(memory, dtype=torch.bfloat16).view(n, *shape)
 
 
-def test_offsets_beyond_32_bits(fast_backend):
+@pytest.fixture
+def resident(fast_backend):
+    """The backend's name; on a GPU the test's own tensors are there, as huge ones should not travel."""
+    with ops.use_backend("native" if fast_backend == "cuda" else ops.backend()):
+        with torch.device("cuda" if fast_backend == "cuda" else "cpu"):
+            yield fast_backend
+
+
+def test_offsets_beyond_32_bits(resident):
     """The last pages of a pool of more than 2^31 elements, and new tokens whose rows lie as far apart."""
     page_size, dim = 16, 128
-    k_pages, v_pages, given = (huge(page_size, dim) for _ in range(3))
+    k_pages, v_pages, given = (huge(resident, page_size, dim) for _ in range(3))
     last = len(k_pages) - 1
     case = Paged(
         k_pages,
@@ -438,12 +449,13 @@ def test_offsets_beyond_32_bits(fast_backend):
         check(source[r : r + 1] - 5, torch.cat([kept[r], k[r, 0, :1]]))
 
 
-def test_bounds_beyond_32_bits(fast_backend):
-    k_pages = huge(1, 128)
-    bounds = huge(2, 128, elements=2 * k_pages.numel())
+def test_bounds_beyond_32_bits(resident):
+    k_pages = huge(resident, 1, 128)
+    bounds = huge(resident, 2, 128, elements=2 * k_pages.numel())
     last = len(k_pages) - 1
     k_pages[last] = torch.randn(128)
-    ops.page_bounds(k_pages, torch.tensor([[[last]]]).int(), torch.tensor([[1]]).int(), bounds)
+    one = torch.ones(1, 1, 1, dtype=torch.int32)
+    ops.page_bounds(k_pages, last * one, one[0], bounds)
     assert torch.equal(bounds[last], k_pages[last].expand(2, 128))
 
 

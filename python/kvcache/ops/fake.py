@@ -43,9 +43,32 @@ def _selection_scores(
     scale: float,
     soft: bool = True,
     per_head: bool = False,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
 ) -> Tensor:
     rows, heads, capacity = positions.shape
-    return q.new_empty(rows, heads if per_head else 1, capacity, dtype=torch.float32)
+    places = capacity if pages is None else pages.shape[2] * k_pages.shape[1]
+    return q.new_empty(rows, heads if per_head else 1, places, dtype=torch.float32)
+
+
+def _page_scores(
+    q: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool = True,
+    per_head: bool = False,
+) -> Tensor:
+    rows, heads, width = table.shape
+    return q.new_empty(rows, heads if per_head else 1, width, dtype=torch.float32)
+
+
+def _query_similarity(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], dtype=torch.float32)
 
 
 def _topk(
@@ -89,6 +112,8 @@ def register(namespace: str) -> None:
         "decode_attention": _decode_attention,
         "column_sums": _column_sums,
         "selection_scores": _selection_scores,
+        "page_scores": _page_scores,
+        "query_similarity": _query_similarity,
         "topk": _topk,
         "choose_victims": _choose_victims,
         "page_bounds": _nothing,

@@ -321,6 +321,17 @@ def column_sums(
     return out
 
 
+def _vote(logits: Tensor, candidate: Tensor, soft: bool, per_head: bool) -> Tensor:
+    """The heads' vote [R, H if per_head else 1, n] float32 over logits [R, H, G, n]; -inf for what is no candidate."""
+    logits = logits.masked_fill(~candidate[:, :, None], NEG_INF)
+    if soft and logits.shape[-1]:
+        top = logits.amax(-1, keepdim=True)
+        logits = torch.exp(logits - top.masked_fill(top == NEG_INF, 0.0))
+        logits = logits / logits.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
+    vote = logits.sum(2) if per_head else logits.sum((1, 2))[:, None]
+    return vote.float().masked_fill(~(candidate if per_head else candidate[:, :1]), NEG_INF)
+
+
 def selection_scores(
     q: Tensor,
     k_pages: Tensor,
@@ -332,6 +343,8 @@ def selection_scores(
     scale: float,
     soft: bool = True,
     per_head: bool = False,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
 ) -> Tensor:
     """Score of each candidate entry (``first[r] <= position < end[r]``, [R] int32) for a query q [R, Hq, Dk].
 
@@ -339,22 +352,74 @@ def selection_scores(
     probabilities are summed (TokenSelect's soft vote, arXiv 2411.02886, Eq. 7); otherwise the raw logits are summed
     (Eq. 5). ``per_head`` sums within each kv head's group only; without it all kv heads must hold the same entries in
     the same slots. Returns [R, H if per_head else 1, C] float32; -inf for entries that are no candidates.
+
+    ``pages`` [R, H if per_head else 1, W] int32, of which the first ``page_counts`` [R, H if per_head else 1] count,
+    lists ascending columns of the table: only the entries of those pages are candidates then, and the result is
+    [R, H if per_head else 1, W * S] in the order of the list: place i is slot ``pages[i // S] * S + i % S``.
     """
     rows, heads, capacity = positions.shape
-    width = int(counts.max()) if counts.numel() else 0
-    logits = _scores(q[:, :, None], gather_pages(k_pages, table, counts, width), scale, 0.0)[..., 0, :]
-    p = positions[..., :width]
-    candidate = _alive(counts, width) & (p >= first[:, None, None]) & (p < end[:, None, None])
-    logits = logits.masked_fill(~candidate[:, :, None], NEG_INF)
-    if soft and width:
-        top = logits.amax(-1, keepdim=True)
-        logits = torch.exp(logits - top.masked_fill(top == NEG_INF, 0.0))
-        logits = logits / logits.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
-    vote = logits.sum(2) if per_head else logits.sum((1, 2))[:, None]
-    candidate = candidate if per_head else candidate[:, :1]
-    out = torch.full((rows, heads if per_head else 1, capacity), NEG_INF, device=q.device)
-    out[..., :width] = vote.float().masked_fill(~candidate, NEG_INF)
+    dim, page_size = k_pages.shape[2], k_pages.shape[1]
+    if pages is None:
+        width = places = int(counts.max()) if counts.numel() else 0
+        k, alive, p = gather_pages(k_pages, table, counts, width), _alive(counts, width), positions[..., :width]
+    else:
+        assert page_counts is not None
+        width = pages.shape[2] * page_size
+        places = width if capacity else 0
+        listed = _alive(page_counts, pages.shape[2])[..., : places // page_size]
+        columns = pages[..., : places // page_size].masked_fill(~listed, 0).expand(rows, heads, -1).long()
+        inside = torch.arange(page_size, device=q.device)
+        slots = (columns[..., None] * page_size + inside).flatten(2)
+        alive = listed.repeat_interleave(page_size, 2) & (slots < counts[..., None])
+        k = k_pages[table.gather(2, columns).clamp(min=0).long()].reshape(rows, heads, places, dim)
+        k, p = k.masked_fill(~alive[..., None], 0), positions.gather(2, slots)
+    logits = _scores(q[:, :, None], k, scale, 0.0)[..., 0, :]
+    candidate = alive & (p >= first[:, None, None]) & (p < end[:, None, None])
+    out = torch.full((rows, heads if per_head else 1, capacity if pages is None else width), NEG_INF, device=q.device)
+    out[..., :places] = _vote(logits, candidate, soft, per_head)
     return out
+
+
+def page_scores(
+    q: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool = True,
+    per_head: bool = False,
+) -> Tensor:
+    """Score of each page for a query q [R, Hq, Dk], from ``bounds`` [P, 2, Dk]: the smallest and the largest key of the
+    page in each channel, finite, in the pages' dtype. The page size is C / M.
+
+    No key of a page has a larger logit than ``sum_d max(q_d * min_d, q_d * max_d) * scale`` (Quest, arXiv 2406.10774,
+    Algorithm 1). These bounds vote as the logits do in :func:`selection_scores`; every page with a live entry takes
+    part. A page that holds an entry with ``position < first[r]`` or ``position >= end[r]`` ([R] int32) scores +inf, as
+    it must be on the shortlist, one without live entries -inf. Returns [R, H if per_head else 1, M] float32.
+    """
+    rows, heads, width = table.shape
+    page_size = positions.shape[2] // width if width else 1
+    used = _alive((counts + page_size - 1).div(page_size, rounding_mode="floor"), width)
+    wide = _wide(q.dtype)
+    low, high = bounds[table.clamp(min=0).long()].masked_fill(~used[..., None, None], 0).to(wide).unbind(3)
+    grouped = q.to(wide).view(rows, heads, -1, 1, q.shape[2])
+    logits = torch.maximum(grouped * low[:, :, None], grouped * high[:, :, None]).sum(-1) * scale
+    scores = _vote(logits, used, soft, per_head)
+    guarded = (positions < first[:, None, None]) | (positions >= end[:, None, None])
+    guarded = (guarded & _alive(counts, positions.shape[2])).view(rows, heads, width, page_size).any(-1)
+    return scores.masked_fill(guarded if per_head else guarded[:, :1], float("inf"))
+
+
+def query_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine [R] float32 of ``a`` and ``b`` [R, Hq, D] over all heads of a row at once: what
+    ``torch.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1e-8)`` says of them in float32.
+
+    The test of TokenSelect's Selection Cache (arXiv 2411.02886, Algorithm 1).
+    """
+    return torch.cosine_similarity(a.flatten(1).float(), b.flatten(1).float(), dim=1, eps=1e-8)
 
 
 def topk(

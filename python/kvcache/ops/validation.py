@@ -101,10 +101,13 @@ class _View(_Checker):
 
     def view(self, k_pages: Tensor, v_pages: Tensor | None, table: Tensor, name: str = "table") -> None:
         self.page_arrays(k_pages, v_pages)
+        self.page_table(name, table, self.page_size)
+
+    def page_table(self, name: str, table: Tensor, page_size: int) -> None:
         self.plain(name, table, torch.int32, [("R", None), ("H", None), ("M", None)])
-        self.table = table
+        self.table, self.page_size = table, page_size
         self.rows, self.heads, width = table.shape
-        self.capacity = width * self.page_size
+        self.capacity = width * page_size
         self.per_row: Dims = [("R", self.rows)]
         self.per_head: Dims = [*self.per_row, ("H", self.heads)]
         self.per_entry: Dims = [*self.per_head, ("C", self.capacity)]
@@ -142,19 +145,22 @@ class _View(_Checker):
                 f"{name} of head ({r}, {h}) holds page {page} in column {c}, needs 0 to P-1={self.pages - 1}"
             )
 
-    def listed_pages(self, pages: Tensor, page_counts: Tensor, columns: int) -> None:
-        """``pages`` [R, H, W] lists ascending columns of a table, the first ``page_counts`` [R, H] of them count."""
+    def listed_pages(self, pages: Tensor, page_counts: Tensor, columns: int | Tensor) -> None:
+        """``pages`` [R, H, W] lists ascending columns of a table, the first ``page_counts`` [R, H] of them count.
+
+        ``columns``: how many there are, for all heads or [R, H].
+        """
         width = pages.shape[2]
         for r in range(pages.shape[0]):
             for h in range(pages.shape[1]):
                 n = int(page_counts[r, h])
                 if not 0 <= n <= width:
                     raise self.value_error(f"page_counts of head ({r}, {h}) is {n}, needs 0 to W={width}")
-                before = -1
+                before, held = -1, int(columns[r, h]) if isinstance(columns, Tensor) else columns
                 for page in pages[r, h, :n].tolist():
-                    if not before < page < columns:
+                    if not before < page < held:
                         raise self.value_error(
-                            f"pages of head ({r}, {h}) lists {page}, needs ascending columns below {columns}"
+                            f"pages of head ({r}, {h}) lists {page}, needs ascending columns below {held}"
                         )
                     before = page
 
@@ -437,21 +443,10 @@ def column_sums(
     check.live_pages()
 
 
-def selection_scores(
-    q: Tensor,
-    k_pages: Tensor,
-    table: Tensor,
-    counts: Tensor,
-    positions: Tensor,
-    first: Tensor,
-    end: Tensor,
-    scale: float,
-    soft: bool,
-    per_head: bool,
+def _candidates(
+    check: _View, q: Tensor, counts: Tensor, positions: Tensor, first: Tensor, end: Tensor, per_head: bool
 ) -> None:
-    check = _View("selection_scores")
-    check.view(k_pages, None, table)
-    check.head_sizes(k_pages, None)
+    """What selection_scores and page_scores share."""
     check.entries(counts, positions)
     check.query(q, tokens=False)
     check.plain("first", first, torch.int32, check.per_row)
@@ -463,6 +458,73 @@ def selection_scores(
                 "hold the same entries"
             )
     check.live_pages()
+
+
+def selection_scores(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool,
+    per_head: bool,
+    pages: Tensor | None,
+    page_counts: Tensor | None,
+) -> None:
+    check = _View("selection_scores")
+    check.view(k_pages, None, table)
+    check.head_sizes(k_pages, None)
+    _candidates(check, q, counts, positions, first, end, per_head)
+    if (pages is None) != (page_counts is None):
+        raise check.value_error("pages and page_counts need each other")
+    if pages is not None and page_counts is not None:
+        voters: Dims = [*check.per_row, ("heads", check.heads if per_head else 1)]
+        check.plain("pages", pages, torch.int32, [*voters, ("W", None)])
+        check.plain("page_counts", page_counts, torch.int32, voters)
+        held = (counts + check.page_size - 1).div(check.page_size, rounding_mode="floor")
+        if not per_head:
+            held = held[:, :1] if check.heads else counts.new_zeros(check.rows, 1)
+        check.listed_pages(pages, page_counts, held)
+
+
+def page_scores(
+    q: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool,
+    per_head: bool,
+) -> None:
+    check = _View("page_scores")
+    check.dtype("bounds", bounds, *STORAGE)
+    check.shape("bounds", bounds, [("P", None), ("2", 2), ("Dk", None)])
+    check.pages, _, check.k_dim = bounds.shape
+    check.bounds(bounds, bounds.dtype)
+    if not 1 <= check.k_dim <= MAX_HEAD_SIZE:
+        raise check.value_error(f"bounds has head size {check.k_dim}, needs 1 to {MAX_HEAD_SIZE}")
+    check.plain("table", table, torch.int32, [("R", None), ("H", None), ("M", None)])
+    rows, heads, width = table.shape
+    check.shape("positions", positions, [("R", rows), ("H", heads), ("C", None)])
+    capacity = positions.shape[2]
+    if capacity % width if width else capacity:
+        raise check.value_error(
+            f"positions has a capacity of {capacity}, needs a multiple of the table's width M={width}"
+        )
+    check.page_table("table", table, capacity // width if width else 1)
+    _candidates(check, q, counts, positions, first, end, per_head)
+
+
+def query_similarity(a: Tensor, b: Tensor) -> None:
+    check = _Checker("query_similarity")
+    check.strided("a", a, STORAGE, [("R", None), ("Hq", None), ("D", None)])
+    check.strided("b", b, STORAGE, [("R", a.shape[0]), ("Hq", a.shape[1]), ("D", a.shape[2])])
 
 
 def topk(
