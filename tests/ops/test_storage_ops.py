@@ -408,9 +408,9 @@ def huge(backend, *shape, elements=2**31 + 2**24):
 @pytest.fixture
 def resident(fast_backend):
     """The backend's name; on a GPU the test's own tensors are there, as huge ones should not travel."""
-    with ops.use_backend("native" if fast_backend == "cuda" else ops.backend()):
-        with torch.device("cuda" if fast_backend == "cuda" else "cpu"):
-            yield fast_backend
+    on_gpu = fast_backend == "cuda"
+    with ops.use_backend("native" if on_gpu else ops.backend()), torch.device("cuda" if on_gpu else "cpu"):
+        yield fast_backend
 
 
 def test_offsets_beyond_32_bits(resident):
