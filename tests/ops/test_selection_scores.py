@@ -68,7 +68,7 @@ def some_pages(case, per_head, g, share):
     lists = [[c for c in range(n) if torch.rand((), generator=g) < share] for n in held.flatten().tolist()]
     width = max(map(len, lists), default=0) + int(torch.randint(3, (), generator=g))
     pages = torch.full((*counts.shape, width), -1, dtype=torch.int32)
-    for line, columns in zip(pages.view(-1, width), lists):
+    for line, columns in zip(pages.flatten(0, 1), lists):
         line[: len(columns)] = torch.tensor(columns)
     return pages, ints([len(columns) for columns in lists]).view(counts.shape)
 
@@ -118,18 +118,44 @@ def test_page_scores(backend, data, same_entries):
 @pytest.mark.parametrize("dim", [64, 72, 80, 96, 112, 128, 192, 256])
 def test_several_pieces(backend, dim, dtype, group):
     """Lengths of thousands: the softmax of a head is put together from many parts."""
-    case = make_paged(
-        rows=2, heads=1 if group == 16 else 2, page_size=16, k_dim=dim, v_dim=1, dtype=dtype, max_count=2600, seed=dim,
-        room=200,
-    )  # fmt: skip
-    case.counts[0, 0] = 2600 if case.table.shape[2] * 16 >= 2600 and (case.table[0, 0] >= 0).all() else 1
+    heads = 1 if group == 16 else 2
+    case = make_paged(rows=2, heads=heads, page_size=16, k_dim=dim, v_dim=1, dtype=dtype, max_count=0, room=2600)
+    case.counts[:] = ints([[2600, 1300], [0, 2599]])[:, :heads]
     g = torch.Generator().manual_seed(group)
-    live = torch.arange(case.positions.shape[2]) < case.counts[..., None]
-    case.k_pages.copy_(torch.randn(case.k_pages.shape, generator=g))
-    case.positions.copy_(torch.where(live, torch.arange(case.positions.shape[2]), 0))
+    k = torch.randn(2, heads, 2600, dim, generator=g)
+    for r in range(2):
+        for h in range(heads):
+            slots = torch.arange(int(case.counts[r, h]))
+            case.k_pages[case.table[r, h, slots // 16].long(), slots % 16] = k[r, h, slots].to(dtype)
+            case.positions[r, h, slots] = slots.int()
     q = torch.randn(2, case.table.shape[1] * group, dim, generator=g).to(dtype)
     check(case, q, ints([4, 0]), ints([2500, 10**6]), dim**-0.5, True, True)
     check_pages(case, q, ints([4, 0]), ints([2500, 10**6]), dim**-0.5, True, True)
+
+
+@pytest.mark.parametrize("width", [1031, 1032])
+def test_many_rows_of_many_entries(backend, width):
+    """So many places that a thread counts the votes of several at once; rows that end anywhere."""
+    rows = 130
+    case = make_paged(rows=rows, heads=1, page_size=1, k_dim=8, v_dim=1, max_count=0, room=width)
+    case.k_pages.copy_(torch.randn(case.k_pages.shape, generator=torch.Generator().manual_seed(0)))
+    case.counts.copy_(width - 3 * torch.arange(rows)[:, None])
+    case.positions.copy_(torch.arange(width).expand(rows, 1, width))
+    q = torch.randn(rows, 2, 8, generator=torch.Generator().manual_seed(1))
+    check(case, q, ints([5] * rows), ints([1000] * rows), 0.3, True, False)
+    check(case, q, ints([5] * rows), ints([1000] * rows), 0.3, False, True)
+
+
+@pytest.mark.parametrize("group", [17, 71, 128])
+def test_one_kv_head_for_all(backend, group):
+    """More query heads than the registers hold, and more than shared memory does."""
+    for dim in (64, 256):
+        case = make_paged(
+            rows=1, heads=1, page_size=16, k_dim=dim, v_dim=1, dtype=torch.bfloat16, max_count=100, room=20, seed=3
+        )
+        q = torch.randn(1, group, dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+        check(case, q, ints([3]), ints([150]), 0.1, True, False)
+        check_pages(case, q, ints([3]), ints([150]), 0.1, True, False)
 
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129])
@@ -259,6 +285,8 @@ def test_pool_beyond_two_to_the_31_elements(backend):
 @pytest.mark.parametrize("unused", [-1, 2**31 - 1, -(2**31)])
 def test_unused_table_entries_are_never_followed(backend, unused):
     """Bug 4; and unused entries of a list of pages."""
+    if backend == "reference" and unused != -1:
+        pytest.skip("indexes with them, so it needs -1")
     case = make_paged(rows=2, heads=2, page_size=4, k_dim=64, v_dim=1, dtype=torch.bfloat16, max_count=90, seed=2)
     used = torch.arange(case.table.shape[2]) < (case.counts[..., None] + 3) // 4
     case.table.masked_fill_(~used, unused)
@@ -318,8 +346,6 @@ def test_more_rows_than_a_grid_dimension_holds(backend):
     rest = (table, counts, positions, torch.zeros(rows).int(), torch.full((rows,), 9).int(), 1.0)
     want = torch.tensor([[NEG_INF, NEG_INF], [1.0, NEG_INF], [0.5, 0.5]])[counts[:, 0].long()][:, None]
     torch.testing.assert_close(ops.selection_scores(q, case.k_pages, *rest), want)
-    pages = ops.page_scores(q, bounds_of(case), *rest)
-    assert torch.equal(pages[:, 0, 0], torch.where(counts[:, 0] > 0, 1.0, NEG_INF))
 
 
 @pytest.mark.parametrize("group", [4, 12])
@@ -353,10 +379,11 @@ def test_a_bad_key_shows_in_its_head_alone(backend, bad, dtype):
 
 
 def test_nothing_at_all(backend):
-    for rows, heads, width in ((0, 2, 3), (2, 2, 0), (2, 1, 3)):
-        case = make_paged(rows=rows, heads=heads, page_size=4, k_dim=8, v_dim=1, max_count=0, room=4 * width)
+    for rows, heads, most in ((0, 2, 3), (2, 2, 0), (2, 1, 3)):
+        case = make_paged(rows=rows, heads=heads, page_size=4, k_dim=8, v_dim=1, max_count=0, room=4 * most)
         q, bounds = torch.randn(rows, 2 * heads, 8), bounds_of(case)
         rest = (*case.args[2:5], ints([0] * rows), ints([9] * rows), 1.0)
+        width = case.table.shape[2]
         for per_head in (False, True):
             lists = heads if per_head else 1
             got = ops.selection_scores(q, case.k_pages, *rest, True, per_head)

@@ -38,14 +38,16 @@ def two_stage_selection(
        shortlist instead of over all candidates;
     4. the ``k`` best of them and the protected entries of those pages are the selection.
 
-    With a shortlist of all pages this is the exact selection. Otherwise it may miss entries, as a bound does not say how
-    the keys inside a page rank: :func:`selection_recall` measures how many.
+    With a shortlist of all pages this is the exact selection. Otherwise it may miss entries, as a bound does not say
+    how the keys inside a page rank: :func:`selection_recall` measures how many.
 
-    Shapes and the other arguments: :func:`kvcache.ops.reference.selection_scores`. ``k`` is an int or [R, L] int32, with
-    L = H if ``per_head`` else 1. Returns ``index`` [R, L, width] int32, slots ascending, padded with -1, and
-    ``index_counts`` [R, L] int32, which :func:`kvcache.ops.decode_attention` reads; ``width`` is by default what always
-    suffices, ``min(shortlist_pages, M) * S``. Nothing here waits for a GPU.
+    Shapes and the other arguments: :func:`kvcache.ops.reference.selection_scores`. ``k`` is an int or [R, L] int32,
+    with L = H if ``per_head`` else 1. Returns ``index`` [R, L, width] int32, slots ascending, padded with -1, and
+    ``index_counts`` [R, L] int32, which :func:`kvcache.ops.decode_attention` reads; ``width`` is by default what
+    always suffices, ``min(shortlist_pages, M) * S``. Nothing here waits for a GPU.
     """
+    if shortlist_pages < 1:
+        raise ValueError(f"two_stage_selection: shortlist_pages is {shortlist_pages}, needs 1 or more")
     rows, heads, columns = table.shape
     page_size, lists = k_pages.shape[1], heads if per_head else 1
     counts_of, positions_of = counts[:, :lists], positions[:, :lists]
