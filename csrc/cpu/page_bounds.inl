@@ -2,6 +2,8 @@
 // them alone; a page and channel of nothing but NaN has the bounds inf and -inf.
 namespace kvcache::cpu::KVCACHE_ISA_NS {
 
+namespace {  // no two instruction sets may share a symbol
+
 // Element types by their bits, so that a bound is stored as the key it came from.
 struct Float32Bits {
   using Bits = uint32_t;
@@ -18,6 +20,8 @@ struct Float16Bits {
   static constexpr Bits kInfinity = 0x7c00, kSign = 0x8000;
   static float wide(Bits x) { return fp16_to_float(x); }
 };
+
+}  // namespace
 
 template <class Type>
 static inline void widen_typed(typename Type::Bits* __restrict bounds, const typename Type::Bits* __restrict key,

@@ -18,6 +18,8 @@ static inline bool is_candidate(int32_t position, int32_t first, int32_t end) {
   return (position >= first) & (position < end);
 }
 
+namespace {  // no two instruction sets may share a symbol
+
 // The entries of one head: all of its slots, or those of listed pages. [capacity] arrays.
 struct Entries {
   const float* scores;
@@ -40,6 +42,8 @@ struct Entries {
     }
   }
 };
+
+}  // namespace
 
 struct Border {
   uint32_t score, position;  // keys of the k-th best candidate

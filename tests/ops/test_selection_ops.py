@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import NAN
+from support.backends import examples
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -44,7 +45,7 @@ def cases(draw):
     return scores, counts, positions, k, first, end
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(case=cases())
 def test_topk_is_the_reference(case):
     scores, counts, positions, k, first, end = case
@@ -55,7 +56,7 @@ def test_topk_is_the_reference(case):
         assert torch.equal(got, want)
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(case=cases(), with_scores=st.booleans())
 def test_choose_victims_is_the_reference(case, with_scores):
     scores, counts, positions, budgets, first, end = case
@@ -65,7 +66,7 @@ def test_choose_victims_is_the_reference(case, with_scores):
     assert torch.equal(got, reference.choose_victims(scores, counts, positions, budgets, first, end))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(case=cases())
 def test_what_the_victim_leaves_is_what_topk_keeps(case):
     """Evicting one entry by choose_victims equals keeping all but one by topk."""

@@ -8,6 +8,7 @@ from attention_case import DIMS, assert_close, calls, ints, logit_error, queries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import NAN, STORAGE_DTYPES, bits, make_paged, strided
+from support.backends import examples
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -74,7 +75,7 @@ def some_pages(case, per_head, g, share):
 
 
 @given(data=st.data(), call=calls(same_entries=True))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_same_entries_in_all_heads(backend, data, call):
     case, query_heads, g = call
     q = queries(data, case, query_heads, 1, g)[:, :, 0]
@@ -84,7 +85,7 @@ def test_same_entries_in_all_heads(backend, data, call):
 
 
 @given(data=st.data(), call=calls())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_per_head_over_ragged_entries(backend, data, call):
     case, query_heads, g = call
     q = queries(data, case, query_heads, 1, g)[:, :, 0]
@@ -93,7 +94,7 @@ def test_per_head_over_ragged_entries(backend, data, call):
 
 
 @given(data=st.data(), same_entries=st.booleans())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_listed_pages(backend, data, same_entries):
     case, query_heads, g = data.draw(calls(same_entries=same_entries))
     q = queries(data, case, query_heads, 1, g)[:, :, 0]
@@ -104,7 +105,7 @@ def test_listed_pages(backend, data, same_entries):
 
 
 @given(data=st.data(), same_entries=st.booleans())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_page_scores(backend, data, same_entries):
     case, query_heads, g = data.draw(calls(same_entries=same_entries))
     q = queries(data, case, query_heads, 1, g)[:, :, 0]
@@ -397,7 +398,7 @@ def test_nothing_at_all(backend):
 
 
 @given(data=st.data())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_query_similarity(backend, data):
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     rows, heads, dim = (

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import NAN, STORAGE_DTYPES, bits, make_paged, strided
+from support.backends import examples
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -40,7 +41,7 @@ def tokens(case, n, k_dtype, v_dtype, seed, special=True):
     return strided(k.to(k_dtype)), strided(v.to(v_dtype))
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(shape=shapes, n=st.integers(0, 20), k_dtype=dtypes, v_dtype=dtypes, with_columns=st.booleans())
 def test_append_is_the_reference(shape, n, k_dtype, v_dtype, with_columns):
     case = make_paged(**shape, room=n)
@@ -97,7 +98,7 @@ def test_append_widens_exactly():
         assert torch.equal(bits(reference.gather_pages(case.k_pages, case.table, case.counts, n)), bits(values.float()))
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(shape=shapes, n=st.integers(0, 6))
 def test_copy_pages_is_the_reference(shape, n):
     case = make_paged(**shape)
@@ -126,7 +127,7 @@ def random_keep(case, seed):
     return keep.view(rows, heads, width), keep_counts.view(rows, heads)
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(shape=shapes, fresh=st.sampled_from(["in place", "fresh", "first page shared"]))
 def test_compact_is_the_reference(shape, fresh):
     case = make_paged(**shape)
@@ -167,7 +168,7 @@ def test_compact_moves_what_it_says(backend):
     assert reference.gather_pages(case.v_pages, case.table, case.counts)[0, 0, :3, 0].tolist() == [0, -3, -4]
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(shape=shapes)
 def test_overwrite_is_the_reference(shape):
     case = make_paged(**shape)

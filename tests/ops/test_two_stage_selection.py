@@ -6,6 +6,7 @@ from attention_case import calls, ints, queries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import NAN, STORAGE_DTYPES, make_paged
+from support.backends import examples
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -40,7 +41,7 @@ def topics(tokens, *, rows=1, heads=2, dim=64, page_size=16, dtype=torch.bfloat1
 
 
 @given(data=st.data(), same_entries=st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_a_shortlist_of_all_pages_is_the_exact_selection(backend, data, same_entries):
     case, query_heads, g = data.draw(calls(same_entries=same_entries))
     q = queries(data, case, query_heads, 1, g)[:, :, 0]
