@@ -17,7 +17,7 @@ PIP     = $(PY) -m pip --disable-pip-version-check install -q
 HAVE   := $(shell $(PYTHON) -c "import importlib.util as u; print(int(all(u.find_spec(m) for m in ('torch', 'pybind11', 'scikit_build_core', 'pytest'))))")
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo lint build format clean
+.PHONY: test demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench
 
 test: build lint
 	$(PY) -m pytest -q $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(int(bool(u.find_spec('xdist'))))")),-n 2) $(ARGS)
@@ -55,6 +55,33 @@ $(VENV)/built: $(VENV)/ready pyproject.toml CMakeLists.txt $(CPP_SOURCES)
 lint = @echo "$(1) $(2)"; "$(VENV)/bin/$(1)" $(2)
 endif
 NO_VENV = $(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt-get install python3-venv
+
+# --- on a machine with a GPU and nvcc, also without a network. Each part ends by itself, within ten minutes.
+GPU_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d . | sed -e 's/^\(9\|1[0-9]\)\(.\)$$/\1\2a/')
+SANITIZE_TESTS ?= tests/ops
+gpu: gpu-test gpu-sanitize gpu-bench
+
+gpu-build: $(VENV)/ready
+	test -n "$(GPU_ARCH)" || { echo "make gpu needs a GPU: nvidia-smi names none"; exit 1; }
+	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" $(PIP) --no-build-isolation --no-deps -Cbuild-dir=build/gpu \
+	  -Ccmake.define.KVCACHE_CUDA=ON -Ccmake.define.KVCACHE_CUDA_ARCHS=$(GPU_ARCH)-real -e .
+
+gpu-test: gpu-build
+	timeout 540 $(PY) -m pytest -q -m cuda tests $(ARGS)
+
+# A small share of the examples: the tools slow kernels down a hundred times. What a tool cannot do here is said.
+gpu-sanitize: gpu-build
+	@for tool in memcheck racecheck synccheck initcheck; do \
+	  command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer: not installed here"; exit 0; }; \
+	  echo "compute-sanitizer --tool $$tool"; \
+	  KVCACHE_EXAMPLES=2 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 140 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    --target-processes all --log-file build/gpu/sanitizer-$$tool.log \
+	    $(PY) -m pytest -q -x -m cuda $(SANITIZE_TESTS) 2>&1 | tail -3; \
+	  tail -2 build/gpu/sanitizer-$$tool.log; \
+	done
+
+gpu-bench: gpu-build
+	timeout 570 $(PY) bench/gpu.py --minutes 9
 
 lint: build
 	$(call lint,ruff,check .)

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-import kvcache
+from support.backends import HOST, use
 
 # Machines that run the tests share their cores; a second thread per process makes everything slower there.
 torch.set_num_threads(1)
@@ -13,13 +12,8 @@ settings.register_profile("kvcache", deadline=None, suppress_health_check=list(H
 settings.load_profile("kvcache")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("reference", marks=pytest.mark.reference),
-        pytest.param("cpu", marks=pytest.mark.cpu),
-    ]
-)
+@pytest.fixture(params=HOST)
 def backend(request):
-    """Runs the test with each implementation of the ops; the value is its name."""
-    with kvcache.ops.use_backend("reference" if request.param == "reference" else "native"):
+    """Runs the test with the reference and with the CPU kernels; the value is the name. In tests/ops: with all four."""
+    with use(request.param):
         yield request.param

@@ -19,8 +19,9 @@ static void append(const AppendParams& p, int64_t begin, int64_t end) {
       if (new_positions[t] < 0) continue;
       const int32_t page = table[slot / view.page_size];
       const int64_t inside = slot % view.page_size;
-      convert_row(entry(view.k_pages, view.dtype, view.page_size, view.k_dim, page, inside), view.dtype, k + t * k_step,
-                  p.k.dtype, view.k_dim);
+      void* key = entry(view.k_pages, view.dtype, view.page_size, view.k_dim, page, inside);
+      convert_row(key, view.dtype, k + t * k_step, p.k.dtype, view.k_dim);
+      if (p.bounds) widen(bounds_of(p.bounds, view, page), key, view.dtype, view.k_dim, inside == 0);
       convert_row(entry(view.v_pages, view.dtype, view.page_size, view.v_dim, page, inside), view.dtype, v + t * v_step,
                   p.v.dtype, view.v_dim);
       positions[slot] = new_positions[t];

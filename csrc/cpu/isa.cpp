@@ -10,16 +10,20 @@
 
 // clang-format off: the order matters
 #include "convert.inl"
+#include "page_bounds.inl"
 #include "append.inl"
 #include "copy_pages.inl"
 #include "compact.inl"
 #include "overwrite.inl"
 #include "topk.inl"
 #include "choose_victims.inl"
+#include "rows.inl"
 #include "decode_attention.inl"
 #include "prefill_attention.inl"
 #include "column_sums.inl"
 #include "selection_scores.inl"
+#include "page_scores.inl"
+#include "query_similarity.inl"
 #include "probe.inl"
 // clang-format on
 
@@ -40,6 +44,13 @@ const Table table = {
     .selection_vote = selection_vote,
     .topk = topk,
     .choose_victims = choose_victims,
+    .page_bounds = page_bounds,
+    .page_logits = page_logits,
+    .page_vote = page_vote,
+    .query_similarity = query_similarity,
+    .active_rows = active_rows,
+    .gather_rows = gather_rows,
+    .scatter_rows = scatter_rows,
     .probe_read = probe_read,
     .probe_fma = probe_fma,
 };

@@ -1,15 +1,122 @@
-// Selection scores: how much the query heads vote for each candidate entry. Memory-bound like decode: every key is read
-// once for its whole group; the softmax of each query head then runs over the logits in scratch.
+// Selection scores: how much the query heads vote for each candidate. Memory-bound like decode: every key is read once
+// for its whole group; the softmax of each query head then runs over the logits in scratch.
+//
+// Candidates are entries, or pages known by their bounds: sum_d max(q_d min_d, q_d max_d) is the product of
+// [min(q, 0), max(q, 0)] with a page's [min, max], so bounds are keys twice as wide in pages of one entry.
 #include "entry_tiles.h"
 
 namespace kvcache::cpu::KVCACHE_ISA_NS {
 namespace {
 
+// One op's call, of either kind. A place is a slot, a number within the entries of the listed pages, or a column.
+struct Election {
+  const PagedView* view;
+  const Strided4* q;
+  const int32_t *first, *end;
+  int query_heads;
+  float scale;
+  bool soft, per_head;
+  // Of entries: [rows, per_head ? heads : 1, page_width], and how many; page_counts null: all. (An empty list may be null.)
+  const int32_t *pages, *page_counts;
+  int64_t page_width;
+  const void* bounds;  // of pages; null: entries
+  int64_t width;       // places of a line
+  float *scores, *scratch;
+};
+
+inline Election election_of(const SelectionParams& p) {
+  const int64_t width = p.page_counts ? p.page_width * p.view.page_size : p.view.capacity;
+  return {&p.view, &p.q,          p.first,      p.end,   p.query_heads, p.scale,  p.soft,   p.per_head,
+          p.pages, p.page_counts, p.page_width, nullptr, width,         p.scores, p.scratch};
+}
+
+inline Election election_of(const PageScoresParams& p) {
+  return {&p.view, &p.q,    p.first, p.end,    p.query_heads,      p.scale,  p.soft,   p.per_head,
+          nullptr, nullptr, 0,       p.bounds, p.view.table_width, p.scores, p.scratch};
+}
+
+// The places of one head that hold something, all of them alive.
+struct Places {
+  const char* pool;  // [., segment] rows
+  int64_t row_bytes;
+  int64_t segment;           // rows that lie together: a page's entries
+  const int32_t* table;      // [table_width]
+  const int32_t* list;       // columns of the table or null: all
+  const int32_t* positions;  // [capacity], or null: whatever is there is a candidate
+  int64_t n, next;
+};
+
+inline Places places_of(const Election& e, int64_t row, int64_t head) {
+  const PagedView& view = *e.view;
+  const int64_t line = row * view.heads + head, count = view.counts[line], size = view.page_size;
+  const int64_t element = view.dtype == DType::kFloat32 ? 4 : 2, dim = e.bounds ? 2 * view.k_dim : view.k_dim;
+  Places places = {static_cast<const char*>(e.bounds ? e.bounds : view.k_pages),
+                   dim * element,
+                   e.bounds ? 1 : size,
+                   view.table + line * view.table_width,
+                   nullptr,
+                   e.bounds ? nullptr : view.positions + line * view.capacity,
+                   e.bounds ? (count + size - 1) / size : count,
+                   0};
+  if (e.page_counts) {
+    const int64_t list = e.per_head ? line : row, listed = e.page_counts[list];
+    places.list = e.pages + list * e.page_width;
+    places.n = listed * size;
+    if (listed > 0) {  // only a head's last page may be partly filled
+      const int64_t missing = (places.list[listed - 1] + 1) * size - count;
+      places.n -= missing > 0 ? missing : 0;
+    }
+  }
+  return places;
+}
+
+// The next tile, and the positions [kTile] of its entries (0 where they do not matter).
+inline bool next_tile(Places& places, Tile& tile, int32_t* positions) {
+  const int64_t left = places.n - places.next;
+  const int n = int(left < kTile ? left : kTile);
+  if (n <= 0) return false;
+  tile.n = 0;
+  tile.first = places.next;
+  tile.contiguous = true;
+  while (tile.n < n) {
+    const int64_t place = places.next + tile.n, inside = place % places.segment;
+    const int64_t column = places.list ? places.list[place / places.segment] : place / places.segment;
+    const char* row = places.pool + (places.table[column] * places.segment + inside) * places.row_bytes;
+    const int64_t room = places.segment - inside, wanted = n - tile.n, take = room < wanted ? room : wanted;
+    if (places.positions) {
+      memcpy(positions + tile.n, places.positions + column * places.segment + inside, size_t(take) * 4);
+    } else {
+      memset(positions + tile.n, 0, size_t(take) * 4);
+    }
+    for (int64_t i = 0; i < take; ++i, row += places.row_bytes) tile.k[tile.n++] = row;
+  }
+  for (int i = n; i < kTile + kLanes; ++i) tile.k[i] = tile.k[n - 1];
+  places.next += n;
+  return true;
+}
+
+// The queries of a group as pack_queries gives them, for bounds twice as wide.
+template <class T>
+inline void pack_voters(const Election& e, int64_t row, int64_t first_head, int group, float scale, float* packed) {
+  const int dim = e.view->k_dim;
+  if (!e.bounds) return pack_queries<T>(*e.q, row, first_head, group, dim, scale, packed);
+  const int64_t stride = round_up(2 * dim, kChunk);
+  float plain[256];
+  for (int g = 0; g < group; ++g) {
+    const int64_t offset = row * e.q->stride[0] + (first_head + g) * e.q->stride[1];
+    convert_row(plain, DType::kFloat32, element(e.q->data, e.q->dtype, offset), e.q->dtype, dim);
+    float* target = packed + g * stride;
+    for (int i = 0; i < stride; ++i) {
+      const float x = i < 2 * dim ? plain[i < dim ? i : i - dim] : 0.0f;
+      const bool other_sign = i < dim ? x > 0 : x < 0;  // false for a NaN, which stays in both halves
+      target[i / kChunk * kChunk + Storage<T>::lane(i % kChunk)] = other_sign ? 0.0f : x * scale;
+    }
+  }
+}
+
 // Hides what is no candidate in a tile of logits [group, kTile] and follows each head's peak and mass.
-inline void follow_softmax(const Tile& tile, const int32_t* positions, int32_t first, int32_t last, int group,
-                           float* logits, float* peaks, float* masses) {
-  int32_t position[kTile];  // whole vectors of them
-  memcpy(position, positions + tile.first, size_t(tile.n) * 4);
+inline void follow_softmax(const Tile& tile, int32_t* position, int32_t first, int32_t last, int group, float* logits,
+                           float* peaks, float* masses) {
   for (int i = tile.n; i % kLanes != 0; ++i) position[i] = 0;  // hidden by dot_tile
   for (int g = 0; g < group; ++g) {
     float* line = logits + g * kTile;
@@ -20,6 +127,7 @@ inline void follow_softmax(const Tile& tile, const int32_t* positions, int32_t f
       store(line + i, x);
     }
     const float old = peaks[g], found = reduce_max(top), peak = found > old ? found : old;
+    if (found != found) masses[g] = found;  // a NaN, which shall show
     if (peak == -kInfinity) continue;
     Vec mass = {};
     for (int i = 0; i < tile.n; i += kLanes) mass += exp2(load(line + i) - peak);
@@ -29,52 +137,110 @@ inline void follow_softmax(const Tile& tile, const int32_t* positions, int32_t f
 }
 
 template <class T>
-inline void selection_items(const SelectionParams& p, int64_t begin, int64_t end) {
-  const PagedView& view = p.view;
-  const int group = p.query_heads / view.heads;
-  const int64_t stride = round_up(view.k_dim, kChunk), k_bytes = view.k_dim * int64_t(sizeof(T));
+inline void vote_logits(const Election& e, int64_t begin, int64_t end) {
+  const PagedView& view = *e.view;
+  const int group = e.query_heads / view.heads, dim = e.bounds ? 2 * view.k_dim : view.k_dim;
+  const int64_t stride = round_up(dim, kChunk), row_bytes = dim * int64_t(sizeof(T));
   Arena arena(Arena::bytes_of(group * stride) + Arena::bytes_of(group * kTile) + 2 * Arena::bytes_of(group));
   float* q = arena.floats(group * stride);
   float* logits = arena.floats(group * kTile);
   float *peaks = arena.floats(group), *masses = arena.floats(group);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / view.heads, head = item % view.heads, count = view.counts[item];
-    float* kept = p.scratch + (row * p.query_heads + head * group) * view.capacity;  // [group, capacity]
+    const int64_t row = item / view.heads, head = item % view.heads;
+    float* kept = e.scratch + (row * e.query_heads + head * group) * e.width;  // [group, width]
     // Base 2 for the softmax, natural for the raw vote.
-    pack_queries<T>(p.q, row, head * group, group, view.k_dim, p.soft ? p.scale * kLog2E : p.scale, q);
-    const int32_t last = p.end[row] > 0 ? p.end[row] - 1 : -1;  // of the candidates' positions
+    pack_voters<T>(e, row, head * group, group, e.soft ? e.scale * kLog2E : e.scale, q);
+    // Of the candidates' positions; pages all have 0 here, and all take part.
+    const int32_t first = e.bounds ? 0 : e.first[row];
+    const int32_t last = e.bounds ? 0 : e.end[row] > 0 ? e.end[row] - 1 : -1;
     for (int g = 0; g < group; ++g) peaks[g] = -kInfinity, masses[g] = 0;
-    Walk walk{&view,
-              view.table + item * view.table_width,
-              view.positions + item * view.capacity,
-              nullptr,
-              count,
-              INT32_MIN,
-              0,
-              count,
-              true};
+    Places places = places_of(e, row, head);
     Tile tiles[2] = {};
-    bool more = next_tile(walk, tiles[0]);
+    int32_t positions[2][kTile];
+    bool more = next_tile(places, tiles[0], positions[0]);
     for (int now = 0; more; now ^= 1) {
       const Tile& tile = tiles[now];
       const Tile& following = tiles[now ^ 1];
-      more = next_tile(walk, tiles[now ^ 1]);
-      dot_tile<T>(tile, Ahead{following.k, more ? k_bytes : 0, head_passes(group)}, q, group, view.k_dim, logits);
-      if (p.soft) follow_softmax(tile, walk.positions, p.first[row], last, group, logits, peaks, masses);
-      for (int g = 0; g < group; ++g)
-        memcpy(kept + g * view.capacity + tile.first, logits + g * kTile, size_t(tile.n) * 4);
+      more = next_tile(places, tiles[now ^ 1], positions[now ^ 1]);
+      dot_tile<T>(tile, Ahead{following.k, more ? row_bytes : 0, head_passes(group)}, q, group, dim, logits);
+      if (e.soft) follow_softmax(tile, positions[now], first, last, group, logits, peaks, masses);
+      for (int g = 0; g < group; ++g) memcpy(kept + g * e.width + tile.first, logits + g * kTile, size_t(tile.n) * 4);
     }
-    for (int g = 0; g < group && p.soft; ++g) {
-      float* line = kept + g * view.capacity;
+    for (int g = 0; g < group && e.soft; ++g) {
+      float* line = kept + g * e.width;
       // Not exp2(x - log-sum-exp): for logits of 1e5 that sum has lost the mass's digits.
-      const Vec level = splat(masses[g] > 0 ? peaks[g] : 0.0f), factor = splat(masses[g] > 0 ? 1.0f / masses[g] : 0.0f);
+      const bool none = masses[g] == 0;
+      const Vec level = splat(none ? 0.0f : peaks[g]), factor = splat(none ? 0.0f : 1.0f / masses[g]);
       int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) store(line + i, exp2(load(line + i) - level) * factor);
-      if (i < count) {
+      for (; i + kLanes <= places.n; i += kLanes) store(line + i, exp2(load(line + i) - level) * factor);
+      if (i < places.n) {
         float lanes[kLanes];
-        store(lanes, exp2(load_first(line + i, int(count - i)) - level) * factor);
-        memcpy(line + i, lanes, size_t(count - i) * 4);
+        store(lanes, exp2(load_first(line + i, int(places.n - i)) - level) * factor);
+        memcpy(line + i, lanes, size_t(places.n - i) * 4);
       }
+    }
+  }
+}
+
+inline void vote_logits(const Election& e, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  if (e.view->dtype == DType::kFloat32) vote_logits<float>(e, begin, end);
+  else if (e.view->dtype == DType::kBFloat16) vote_logits<BFloat16>(e, begin, end);
+  else vote_logits<Float16>(e, begin, end);
+}
+
+// Replaces the sums of places begin .. begin + n - 1 where something else than the vote decides.
+inline void settle(const Election& e, const Places& places, int64_t row, int64_t head, int64_t begin, int n,
+                   float* sums) {
+  const PagedView& view = *e.view;
+  const int32_t first = e.first[row], end = e.end[row];
+  if (e.bounds) {  // pages of the sinks and of the local window must be on the shortlist
+    const int64_t line = row * view.heads + head, count = view.counts[line];
+    for (int i = 0; i < n; ++i) {
+      const int64_t slot = (begin + i) * view.page_size;
+      const int64_t entries = count - slot < view.page_size ? count - slot : view.page_size;
+      const int32_t* positions = view.positions + line * view.capacity + slot;  // [entries]
+      bool guarded = false;
+      for (int64_t j = 0; j < entries; ++j) guarded |= (positions[j] < first) | (positions[j] >= end);
+      if (guarded) sums[i] = kInfinity;
+    }
+  } else if (places.list) {
+    for (int i = 0; i < n; ++i) {
+      const int64_t page = (begin + i) / places.segment, inside = (begin + i) % places.segment;
+      const int32_t position = places.positions[places.list[page] * places.segment + inside];
+      if (position < first || position >= end) sums[i] = -kInfinity;
+    }
+  } else {
+    const int32_t* positions = places.positions + begin;
+    for (int i = 0; i < n; ++i) sums[i] = (positions[i] >= first) & (positions[i] < end) ? sums[i] : -kInfinity;
+  }
+}
+
+inline void vote_sums(const Election& e, int64_t begin, int64_t end) {
+  const int64_t heads = e.view->heads;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = e.per_head ? item / heads : item, head = e.per_head ? item % heads : 0;
+    const int64_t voters = e.per_head ? e.query_heads / heads : e.query_heads;
+    const float* votes = e.scratch + (row * e.query_heads + head * voters) * e.width;  // [voters, width]
+    float* scores = e.scores + item * e.width;                                         // [width]
+    const Places places = places_of(e, row, head);
+    constexpr int kBlock = 8 * kLanes;  // places whose sums stay in registers
+    for (int64_t i = 0; i < places.n; i += kBlock) {
+      const int n = int(places.n - i < kBlock ? places.n - i : kBlock);
+      float sums[kBlock] = {};
+      if (n == kBlock) {
+        Vec total[8] = {};
+        for (int64_t v = 0; v < voters; ++v)
+#pragma GCC unroll 8
+          for (int j = 0; j < 8; ++j) total[j] += load(votes + v * e.width + i + j * kLanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) store(sums + j * kLanes, total[j]);
+      } else {
+        for (int64_t v = 0; v < voters; ++v)
+          for (int j = 0; j < n; ++j) sums[j] += votes[v * e.width + i + j];
+      }
+      settle(e, places, row, head, i, n, sums);
+      memcpy(scores + i, sums, size_t(n) * 4);
     }
   }
 }
@@ -82,42 +248,11 @@ inline void selection_items(const SelectionParams& p, int64_t begin, int64_t end
 }  // namespace
 
 static void selection_logits(const SelectionParams& p, int64_t begin, int64_t end) {
-  if (begin >= end) return;
-  if (p.view.dtype == DType::kFloat32) selection_items<float>(p, begin, end);
-  else if (p.view.dtype == DType::kBFloat16) selection_items<BFloat16>(p, begin, end);
-  else selection_items<Float16>(p, begin, end);
+  vote_logits(election_of(p), begin, end);
 }
 
 static void selection_vote(const SelectionParams& p, int64_t begin, int64_t end) {
-  const PagedView& view = p.view;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = p.per_head ? item / view.heads : item, head = p.per_head ? item % view.heads : 0;
-    const int64_t voters = p.per_head ? p.query_heads / view.heads : p.query_heads, line = row * view.heads + head;
-    const float* votes = p.scratch + (row * p.query_heads + head * voters) * view.capacity;  // [voters, capacity]
-    const int32_t* positions = view.positions + line * view.capacity;                        // [capacity]
-    float* scores = p.scores + item * view.capacity;                                         // [capacity]
-    const int64_t count = view.counts[line];
-    constexpr int kBlock = 8 * kLanes;  // slots whose sums stay in registers
-    for (int64_t i = 0; i < count; i += kBlock) {
-      const int n = int(count - i < kBlock ? count - i : kBlock);
-      float sums[kBlock] = {};
-      if (n == kBlock) {
-        Vec total[8] = {};
-        for (int64_t v = 0; v < voters; ++v)
-#pragma GCC unroll 8
-          for (int j = 0; j < 8; ++j) total[j] += load(votes + v * view.capacity + i + j * kLanes);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; ++j) store(sums + j * kLanes, total[j]);
-      } else {
-        for (int64_t v = 0; v < voters; ++v)
-          for (int j = 0; j < n; ++j) sums[j] += votes[v * view.capacity + i + j];
-      }
-      for (int j = 0; j < n; ++j) {
-        const bool candidate = positions[i + j] >= p.first[row] && positions[i + j] < p.end[row];
-        scores[i + j] = candidate ? sums[j] : -kInfinity;
-      }
-    }
-  }
+  vote_sums(election_of(p), begin, end);
 }
 
 }  // namespace kvcache::cpu::KVCACHE_ISA_NS

@@ -31,7 +31,8 @@ int column_sums(const ColumnSumsParams& p, int multiprocessors, Stream stream);
 // Selection.
 int64_t selection_scores_scratch(const SelectionParams& p);
 int selection_scores(const SelectionParams& p, Stream stream);  // writes every score, -inf where no candidate
-int page_scores(const PageScoresParams& p, Stream stream);
+int64_t page_scores_scratch(const PageScoresParams& p);
+int page_scores(const PageScoresParams& p, Stream stream);  // likewise
 int64_t topk_scratch(const TopKParams& p);
 int topk(const TopKParams& p, void* scratch, Stream stream);
 int choose_victims(const VictimParams& p, Stream stream);

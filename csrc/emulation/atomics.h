@@ -42,5 +42,7 @@ KVCACHE_UNSEEN T atomicCAS(T* address, kvcache::emulation::Same<T> compare,
 }
 
 inline void __threadfence_block() {}
-inline void __threadfence() {}
-inline void __threadfence_system() {}
+KVCACHE_UNSEEN inline void __threadfence() {
+  if (kvcache::emulation::checks) kvcache::emulation::checks->fence();
+}
+KVCACHE_UNSEEN inline void __threadfence_system() { __threadfence(); }

@@ -1,5 +1,16 @@
 // Lets a plain C++17 compiler compile the kernels of csrc/cuda, for tests. docs/emulation.md says what is caught.
 #pragma once
+#include <stddef.h>
+
+#if defined(__SANITIZE_THREAD__)
+// Kernels of the race build call these, also where the compiler makes a copy a call.
+extern "C" {
+void* memcpy(void*, const void*, size_t) noexcept asm("kvcache_memcpy");
+void* memmove(void*, const void*, size_t) noexcept asm("kvcache_memmove");
+void* memset(void*, int, size_t) noexcept asm("kvcache_memset");
+}
+#endif
+
 #include <math.h>
 
 #include <cstdint>

@@ -110,6 +110,7 @@ struct Checks {
   void (*access)(const void* pointer, size_t bytes, Access access, Site site);
   void (*copy_issued)(const Copy& copy);
   void (*copy_done)(const Copy& copy);
+  void (*fence)();
 };
 extern const Checks* checks;  // null in the other builds
 

@@ -179,14 +179,14 @@ class KVCache(Cache):
     def kept(self, layer: int) -> Tensor:
         """Entries held by ``layer``: LongTensor [rows, kv_heads]."""
         store = self._layer(layer).store
-        return torch.zeros(0, 0, dtype=torch.long) if store is None else store.counts.long()
+        return torch.zeros(0, 0, dtype=torch.long) if store is None else torch.from_numpy(store.counts_host).long()
 
     def positions(self, layer: int, row: int, kv_head: int) -> Tensor:
         """Positions kept by one head, ascending: LongTensor. Position p is the p-th real token of the row, from 0."""
         store = self._layer(layer).store
         if store is None:
             return torch.zeros(0, dtype=torch.long)
-        return store.positions[row, kv_head, : int(store.counts[row, kv_head])].long().sort().values
+        return store.positions[row, kv_head, : int(store.counts_host[row, kv_head])].long().sort().values.cpu()
 
     def _layer(self, index: int) -> Layer:
         if not -len(self.layers) <= index < len(self.layers):
@@ -203,7 +203,7 @@ class KVCache(Cache):
         held = {}
         for layer in self.engine.layers:
             if layer.store is not None:
-                table = layer.store.table.numpy()
+                table = layer.store.table_host
                 unique = len(np.unique(table[table >= 0]))
                 held[layer.index] = (unique, unique * layer.store.storage.page_bytes)
         return held
@@ -384,5 +384,5 @@ class KVCache(Cache):
         if len(state["layers"]) != len(cache.layers):
             raise ValueError(f"state has {len(state['layers'])} layers, but {type(model).__name__} {len(cache.layers)}")
         cache._model_dtype_size = state["dtype_size"]
-        cache.engine.import_state(state)
+        cache.engine.import_state(state, model.device)
         return cache

@@ -158,11 +158,12 @@ class Engine:
         layer.was_empty = store.max_count == 0
         scores = store.columns[0].clone() if self.policy.needs else None
         layer.undo = (step, dict(layer.state), len(layer.pending), scores)
+        everyone = step.on(k.device, step.positions)
         active = step.routed.get(layer.index)
-        positions = step.positions if active is None else torch.where(active, step.positions, -1)
+        positions = everyone if active is None else torch.where(step.on(k.device, active), everyone, -1)
         if self.compact:
             assert self.rotation is not None
-            k = self.rotation.unrotate(k, step.positions)
+            k = self.rotation.unrotate(k, everyone)
         new_columns = None
         if self.policy.columns:
             values = self.policy.append_columns(layer.view(), k, v)
@@ -202,19 +203,20 @@ class Engine:
         pages = Pages.of(store) if dense is None else Pages.dense(*dense, store.counts, store.positions)
         layer.group = q.shape[1] // pages.counts.shape[1]
         active = step.routed.get(layer.index)
-        positions, reach = step.positions, step.reach
+        positions, reach = (step.on(q.device, x) for x in (step.positions, step.reach))
         if active is not None:
+            active = step.on(q.device, active)
             positions, reach = torch.where(active, positions, -1), torch.where(active, reach, -1)
         selecting = self.policy.selects and layer.window is None
         if self.compact:
             return self._attend_compact(layer, q, positions, reach, ask, selecting)
         mask = self._slot_mask(step, pages, ask.mask)
-        start = None if layer.window is None else step.window_start(layer.window)
+        start = None if layer.window is None else step.on(q.device, step.window_start(layer.window))
         if step.tokens == 1 and mask is None and active is None and not step.padded and not self.recording:
             return self._decode(layer, pages, q, positions, start, ask, selecting)
         if selecting:
             return self._prefill_selected(layer, pages, q, positions, reach, ask)
-        if new is not None and self._is_plain(layer, step, ask, new[0].dtype):
+        if new is not None and self._is_plain(layer, step, ask, new[0]):
             out = scaled_dot_product_attention(
                 q, *new, is_causal=step.tokens > 1, scale=ask.scale, enable_gqa=layer.group > 1
             )
@@ -230,15 +232,17 @@ class Engine:
                 self._collect(layer, pages, q, positions, lse, start, mask, ask)
         return out
 
-    def _is_plain(self, layer: Layer, step: Step, ask: Attention, dtype: torch.dtype) -> bool:
+    def _is_plain(self, layer: Layer, step: Step, ask: Attention, keys: Tensor) -> bool:
         """Whether torch's dense causal attention over the new tokens alone is the answer, and the faster way to it.
 
-        Torch multiplies bfloat16 in matrix tiles (AMX) where the processor has them; in float32 and float16 our own
-        kernel is ahead (bench/results/cpu_prefill_attention.json).
+        On a CPU torch multiplies bfloat16 in matrix tiles (AMX) where the processor has them; in float32 and float16
+        our own kernel is ahead (bench/results/cpu_prefill_attention.json). On a GPU torch has flash attention for both
+        half precisions.
         """
+        dtype = keys.dtype
         return (
             layer.was_empty
-            and dtype == torch.bfloat16
+            and (dtype == torch.bfloat16 or (dtype == torch.float16 and keys.is_cuda))
             and not self.policy.needs
             and not step.padded
             and layer.index not in step.routed
@@ -271,11 +275,34 @@ class Engine:
             q[:, :, 0], pages.k, pages.v, pages.table, pages.counts, pages.positions,
             None if start is None else start[:, 0].contiguous(), ask.sinks, None,
             None if selection is None else selection.index, None if selection is None else selection.counts,
-            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max",
+            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max", False,
+            None if aside or selection is not None else self._decode_plan(layer),
         )  # fmt: skip
         if statistics is not None and aside:
             self._add_scores(layer, statistics, keep)
         return out[:, None]
+
+    def _decode_plan(self, layer: Layer) -> Tensor | None:
+        """The layer's part of a plan that is made once per step for all layers alike; None on a CPU."""
+        step, store = self.step, layer.store
+        assert step is not None
+        assert store is not None
+        if not store.mirrored:
+            return None
+        if layer.index not in step.plans:
+            alike = [
+                x
+                for x in self.layers
+                if x.store is not None
+                and x.store.counts.shape == store.counts.shape
+                and x.store.counts.device == store.counts.device
+            ]
+            counts = torch.stack([x.store.counts for x in alike if x.store is not None])
+            most = max(x.store.max_count for x in alike if x.store is not None) + 1
+            # Layers that have not appended yet gain one entry; for the others the plan is one too long: harmless.
+            plans = ops.plan_decode(counts, added=1, most=most)
+            step.plans.update((x.index, plans[i]) for i, x in enumerate(alike))
+        return step.plans[layer.index]
 
     def _chunks(
         self, q: Tensor, positions: Tensor, reach: Tensor
@@ -337,18 +364,19 @@ class Engine:
             rows, tokens = limit.shape
             selection = None
             if selecting:
-                place = torch.arange(tokens, dtype=torch.int32).expand(rows, -1) + self.policy.query_place
+                place = torch.arange(tokens, dtype=torch.int32, device=q.device).expand(rows, -1)
+                place = place + self.policy.query_place
                 selection = self.policy.select(layer.view(), rotation.rotate(part, place), voting)
             end = limit.amax(1) + 1
             if selection is None:
                 counts = layer.view().entries_before(end)[:, None]
-                index = torch.arange(int(counts.max()), dtype=torch.int32).expand(rows, 1, -1)
+                index = torch.arange(int(counts.max()), dtype=torch.int32, device=q.device).expand(rows, 1, -1)
             else:
                 counts = selection.counts
                 index = selection.index[..., : int(counts.max())]
             slots = index.clamp(min=0).long()[..., None].expand(-1, store.heads, -1, -1)
             keys, values = (x.gather(2, slots.expand(*slots.shape[:3], x.shape[3])) for x in map(store.gather, KV))
-            place = torch.arange(index.shape[2], dtype=torch.int32).expand(rows, -1)
+            place = torch.arange(index.shape[2], dtype=torch.int32, device=q.device).expand(rows, -1)
             listed = Pages.dense(
                 rotation.rotate(keys, place),
                 values,
@@ -433,7 +461,7 @@ class Engine:
             del layer.pending[pending:]
             if scores is not None:
                 layer.store.columns[0][..., : scores.shape[-1]] = scores
-            layer.store.crop(step.before)
+            layer.store.crop(step.before.to(layer.store.counts.device))
 
     def settle(self) -> None:
         """Fix the budgets if a prompt ended, then bring every layer within them."""
@@ -454,15 +482,14 @@ class Engine:
         store = layer.store
         assert store is not None
         budgets = torch.full((store.rows, store.heads), FAR, dtype=torch.int32)
-        layer.recent = torch.zeros(store.rows, dtype=torch.int32)
+        recent = torch.zeros(store.rows, dtype=torch.int32)
         if self.policy.retains:
             granted = self.policy.allocate(layer.view())
             budgets = granted.int().view(store.rows, -1).expand(store.rows, store.heads)
-            layer.recent = self.policy.allocate_recent(layer.view()).int()
+            recent = self.policy.allocate_recent(layer.view()).int()
         if layer.window is not None:
             budgets = budgets.clamp(max=max(layer.window - 1, 1))
-        layer.budgets = budgets.contiguous()
-        layer.smallest_budget = int(budgets.min())
+        layer.set_budgets(budgets, recent)
 
     def _evict(self, layer: Layer) -> None:
         store, budgets = layer.store, layer.budgets
@@ -471,17 +498,19 @@ class Engine:
         assert layer.recent is not None
         if store.max_count <= layer.smallest_budget:
             return
-        over = int((store.counts_host - budgets.numpy()).max())
+        over = int((store.counts_host - layer.budgets_host).max())
         if over <= 0:
             return
-        first = torch.full_like(self.tokens, self.policy.sinks if layer.window is None else 0)
-        end = self.tokens - layer.recent
+        device = store.counts.device
+        tokens = self.tokens.to(device)
+        first = torch.full_like(tokens, self.policy.sinks if layer.window is None else 0)
+        end = tokens - layer.recent
         scores = None
         if self.policy.retains:
             scores = self.policy.score(layer.view())
             if scores is not None and layer.window is not None:
                 # What no later query can see must not hold a place in the budget.
-                column = self._window_limit(layer.window)
+                column = self._window_limit(layer.window).to(device)
                 scores = torch.where(store.positions < column[:, None, None], float("-inf"), scores)
         before = int(store.counts_host.sum())
         if over == 1:
@@ -490,7 +519,7 @@ class Engine:
         else:
             if scores is None:
                 scores = store.positions.float()
-            live = torch.arange(store.capacity) < store.counts[..., None]
+            live = torch.arange(store.capacity, device=device) < store.counts[..., None]
             p = store.positions
             protected = (live & ((p < first[:, None, None]) | (p >= end[:, None, None]))).sum(-1, dtype=torch.int32)
             k = (budgets - protected).clamp(min=0)
@@ -521,12 +550,13 @@ class Engine:
         for layer in self.layers:
             if layer.store is None:
                 continue
+            device = layer.store.counts.device
             for q, positions, lse, start, mask, ask in layer.pending:
-                accepted = torch.where(positions < limits[:, None], positions, -1)
+                accepted = torch.where(positions < limits.to(device)[:, None], positions, -1)
                 self._collect(layer, Pages.of(layer.store), q, accepted, lse, start, mask, ask)
             layer.pending.clear()
             if columns:
-                layer.store.crop(limits)
+                layer.store.crop(limits.to(device))
                 layer.state.clear()
         self.tokens = limits
         self.settle()
@@ -538,9 +568,10 @@ class Engine:
             if layer.store is None:
                 continue
             layer.store.select_rows(rows)
-            layer.state = {k: v[rows] if isinstance(v, Tensor) else v for k, v in layer.state.items()}
-            layer.budgets = None if layer.budgets is None else layer.budgets[rows].contiguous()
-            layer.recent = None if layer.recent is None else layer.recent[rows]
+            chosen = rows.to(layer.store.counts.device)
+            layer.state = {k: v[chosen] if isinstance(v, Tensor) else v for k, v in layer.state.items()}
+            if layer.budgets is not None and layer.recent is not None:
+                layer.set_budgets(layer.budgets[chosen], layer.recent[chosen])
         self.tokens = self.tokens[rows]
         self.prompt_tokens = self.prompt_tokens[rows] if len(self.prompt_tokens) else self.prompt_tokens
         self.real = None if self.real is None else self.real[rows]
@@ -551,7 +582,7 @@ class Engine:
             if layer.store is not None:
                 layer.store.release()
             layer.store = layer.budgets = layer.recent = layer.new = None
-            layer.smallest_budget = FAR
+            layer.smallest_budget, layer.budgets_host = FAR, np.zeros((0, 0), np.int32)
             layer.state, layer.pending = {}, []
             layer.counters.clear()
         self.storages = {}
@@ -579,7 +610,8 @@ class Engine:
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.store = None if mine.store is None else mine.store.fork()
             theirs.group, theirs.budgets, theirs.recent = mine.group, mine.budgets, mine.recent
-            theirs.smallest_budget, theirs.pending = mine.smallest_budget, list(mine.pending)
+            theirs.smallest_budget, theirs.budgets_host = mine.smallest_budget, mine.budgets_host
+            theirs.pending = list(mine.pending)
             theirs.counters = Counter(mine.counters)
             theirs.state = _copied(mine.state)
         return twin
@@ -608,21 +640,22 @@ class Engine:
             )
         return {"layers": layers, **{name: getattr(self, name) for name in self._COPIED}}
 
-    def import_state(self, state: dict[str, Any]) -> None:
-        """Take over the content of :meth:`export_state`; the engine must be empty."""
+    def import_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over the content of :meth:`export_state` on ``device``; the engine must be empty."""
         for layer, content in zip(self.layers, state["layers"], strict=True):
             if content is None:
                 continue
-            k, v = content["keys"], content["values"]
+            k, v = content["keys"].to(device), content["values"].to(device)
             self._open(layer, k, v)
             store = layer.store
             assert store is not None
             # Heads are ragged, and an append is not: each (row, head) pair is written as a row of its own.
             store.fill(k, v, content["counts"], content["positions"], content["columns"])
-            for name in ("budgets", "recent", "group"):
-                setattr(layer, name, content[name])
-            layer.smallest_budget = FAR if layer.budgets is None else int(layer.budgets.min())
-            layer.state = _copied(content["state"])
+            layer.group = content["group"]
+            layer.set_budgets(content["budgets"], content["recent"])
+            layer.state = {
+                k: v.to(device) if isinstance(v, Tensor) else v for k, v in _copied(content["state"]).items()
+            }
         for name in self._COPIED:
             setattr(self, name, state[name])
 

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +32,9 @@ class Layer:
         self.group = 1
         self.state: dict[str, Any] = {}
         self.counters: Counter[str] = Counter()
-        self.budgets: Tensor | None = None  # [R, H] int32, set when a prompt ends
-        self.recent: Tensor | None = None  # [R] int32
+        self.budgets: Tensor | None = None  # [R, H] int32, set when a prompt ends; on the layer's device
+        self.recent: Tensor | None = None  # [R] int32, likewise
+        self.budgets_host = np.zeros((0, 0), np.int32)
         self.smallest_budget = FAR
         self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]] = []
         self.was_empty = True
@@ -49,14 +51,23 @@ class Layer:
     def view(self) -> LayerView:
         return LayerView(self)
 
+    def set_budgets(self, budgets: Tensor | None, recent: Tensor | None) -> None:
+        """Entries that each head may keep, [R, H] int32, and newest ones that are protected, [R] int32."""
+        assert self.store is not None
+        device = self.store.counts.device
+        self.budgets = None if budgets is None else budgets.to(device).contiguous()
+        self.recent = None if recent is None else recent.to(device)
+        self.budgets_host = np.zeros((0, 0), np.int32) if self.budgets is None else self.budgets.cpu().numpy()
+        self.smallest_budget = int(self.budgets_host.min(initial=FAR))
+
 
 class LayerView:
     """A layer as a policy sees it. Tensors are views: read them, do not write them.
 
     ``counts`` [rows, heads] int32; ``positions`` and ``scores`` [rows, heads, capacity] (slots at or beyond the count
-    are garbage); ``tokens`` [rows] int32: real tokens of each row so far; ``prompt_tokens`` [rows] int32: the same
-    when the last prompt ended; ``state``: the policy's own memory of this layer, a dict of values and of tensors whose
-    first dimension is the row.
+    are garbage); ``tokens`` [rows] int32: real tokens of each row so far; ``prompt_tokens`` [rows] int32, on the CPU:
+    the same when the last prompt ended; ``state``: the policy's own memory of this layer, a dict of values and of
+    tensors whose first dimension is the row.
     """
 
     def __init__(self, layer: Layer) -> None:
@@ -70,7 +81,8 @@ class LayerView:
     counts = property(lambda self: self._store.counts)
     positions = property(lambda self: self._store.positions)
     scores = property(lambda self: self._store.columns[0])
-    tokens = property(lambda self: self._layer.engine.tokens)
+    device = property(lambda self: self._store.counts.device, doc="Where the layer's tensors are.")
+    tokens = property(lambda self: self._layer.engine.tokens.to(self.device))
     prompt_tokens = property(lambda self: self._layer.engine.prompt_tokens)
     num_layers = property(lambda self: len(self._layer.engine.layers))
     state = property(lambda self: self._layer.state)
@@ -100,7 +112,7 @@ class LayerView:
         if not self._layer.engine.policy.schedules:
             return torch.minimum(counts, end)
         # Tokens that skipped the layer left no entry: positions have holes.
-        live = torch.arange(s.capacity) < counts[:, None]
+        live = torch.arange(s.capacity, device=counts.device) < counts[:, None]
         return (live & (s.positions[:, 0] < end[:, None])).sum(1, dtype=torch.int32)
 
     def count(self, event: str, times: int = 1) -> None:
@@ -118,11 +130,12 @@ class LayerView:
             return queries
         step = engine.step
         assert step is not None
-        if positions is not step.positions:
+        device = positions.device
+        if positions is not step.on(device, step.positions):
             return engine.rotation.unrotate(queries, positions)
-        if step.angles is None:  # the same for all layers
-            step.angles = engine.rotation.angles(positions, -1.0)
-        return engine.rotation.turn(queries, *step.angles)
+        if device not in step.angles:  # the same for all layers there
+            step.angles[device] = engine.rotation.angles(positions, -1.0)
+        return engine.rotation.turn(queries, *step.angles[device])
 
     def vote(self, query: Tensor, first: Tensor, end: Tensor, *, soft: bool = True, scale: float = 1.0) -> Tensor:
         """Votes [rows, 1, capacity] of the query heads of ``query`` [rows, query_heads, Dk]: ops.selection_scores."""

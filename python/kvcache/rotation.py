@@ -44,7 +44,7 @@ class Rotation:
 
     def angles(self, positions: Tensor, sign: float = 1.0) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the rotation to ``positions`` [R, T], [R, 1, T, half] each; ``sign`` -1: back."""
-        angle = positions.to(torch.float32)[:, None, :, None] * self.inv_freq
+        angle = positions.to(torch.float32)[:, None, :, None] * self.inv_freq.to(positions.device)
         return angle.cos(), angle.sin() * sign
 
     @staticmethod

@@ -18,7 +18,7 @@ class Step:
     ``positions`` [R, T] int32 counts the real tokens of each row, -1 marks padding; ``reach`` [R, T] int32 is the last
     position that each query may read: its own, or for padding that of the real token before it (its output is what
     generation continues from when a row is padded on the right). ``before`` and ``after`` [R] int32 are the real
-    tokens of each row before and after this forward; ``added`` is their difference, as numpy.
+    tokens of each row before and after this forward; ``added`` is their difference, as numpy. All of it is on the CPU.
     """
 
     start: int
@@ -33,8 +33,19 @@ class Step:
     prompt: bool
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
     skipped: set[int] = field(default_factory=set)  # layers that no token runs
-    angles: tuple[Tensor, Tensor] | None = None  # what turns queries back to position 0
+    angles: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)  # turn queries back to position 0
+    plans: dict[int, Tensor] = field(default_factory=dict)  # layer -> how a GPU shares out its entries
     _starts: dict[int, Tensor] = field(default_factory=dict)
+    _copies: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device, x: Tensor) -> Tensor:
+        """A tensor of this step where a layer needs it; carried over once for all layers."""
+        if x.device == device:
+            return x
+        key = (id(x), device)
+        if key not in self._copies:
+            self._copies[key] = (x, x.to(device))  # with x itself, so that its id stays its own
+        return self._copies[key][1]
 
     @property
     def padded(self) -> bool:
@@ -63,6 +74,7 @@ class Step:
         if self.real is None:
             return positions.long()
         order = torch.argsort(~self.real, dim=1, stable=True)  # real columns first, in order
+        order = order.to(positions.device)
         flat = positions.reshape(positions.shape[0], -1).long().clamp(0, order.shape[1] - 1)
         return order.gather(1, flat).view(positions.shape)
 

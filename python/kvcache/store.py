@@ -101,11 +101,13 @@ class PageStorage:
             fresh = pages.new_empty(capacity, *pages.shape[1:])
             fresh[new.to(device)] = pages[old.to(device)]
             setattr(self, name, fresh)
-        lookup = moved.to(device=device, dtype=torch.int32)
+        lookup = moved.numpy().astype(np.int32)
         for layer in self.layers:
-            table = layer.table
-            table.copy_(torch.where(table >= 0, lookup[table.clamp(min=0).long()], -1))
-        _return_free_memory()
+            table = layer.table_host
+            table[...] = np.where(table >= 0, lookup[np.maximum(table, 0)], -1)
+            layer.upload_table()
+        if device.type == "cpu":
+            _return_free_memory()
 
     def copy(self, pairs: tuple[np.ndarray, np.ndarray]) -> None:
         """Carry out the page copies of a copy on write: (source, target) page ids."""
@@ -120,6 +122,10 @@ class LayerStore:
 
     table [R, H, M] int32, counts [R, H] int32, positions [R, H, C] int32, columns [N, R, H, C] float32; column 0 is
     the score, ``column_names`` names the others. See ``ops.reference`` for the layout.
+
+    The pool works on the host. On a CPU it reads and writes ``table`` and ``counts`` themselves, through the numpy
+    views ``table_host`` and ``counts_host``; on a GPU those are copies: the table follows what the pool wrote
+    (:meth:`upload_table`), the host's counts what a kernel counted (:meth:`_count`).
     """
 
     def __init__(self, storage: PageStorage, rows: int, heads: int, column_names: Sequence[str] = ()) -> None:
@@ -136,8 +142,23 @@ class LayerStore:
         storage.layers.add(self)
 
     def _bind(self) -> None:
-        """Renew the numpy views through which the pool reads counts and writes tables; after every replacement."""
-        self.table_host, self.counts_host = _host(self.table), _host(self.counts)
+        """Renew what the host sees of ``table`` and ``counts``; after every replacement of either."""
+        self.table_host, self.counts_host = self.table.cpu().numpy(), self.counts.cpu().numpy()
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the host works on copies."""
+        return self.table.device.type != "cpu"
+
+    def upload_table(self) -> None:
+        """The pool wrote ``table_host``: the device's table follows."""
+        if self.mirrored:
+            self.table.copy_(torch.from_numpy(self.table_host))
+
+    def _count(self, counts: np.ndarray) -> None:
+        """A kernel changed ``counts`` to these: the host's copy follows."""
+        if self.mirrored:
+            self.counts_host = counts
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -148,7 +169,7 @@ class LayerStore:
     @property
     def pages(self) -> int:
         """Pages in the tables; a page shared by several rows counts once for each of them."""
-        return int((self.table >= 0).sum())
+        return int((self.table_host >= 0).sum())
 
     def pages_needed(self, added: np.ndarray) -> int:
         """Fresh pages that appending ``added`` [R] int32 entries to every head takes, copies on write included."""
@@ -190,12 +211,17 @@ class LayerStore:
         pool = self.storage.pool
         if spare is not None:
             self.storage.reserve(self.pages_needed(added), spare)
+        pages = pool.used
         self.storage.copy(pool.extend(self.table_host, self.counts_host, added))
+        if pool.used != pages:  # not at every step: a page holds many
+            self.upload_table()
         s = self.storage
         ops.append(
             s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, k, v, new_positions,
             new_columns,
         )  # fmt: skip
+        if self.mirrored:
+            self._count(self.counts_host + added[:, None])
         self.max_count += most
 
     def fill(self, k: Tensor, v: Tensor, counts: Tensor, positions: Tensor, columns: Tensor) -> None:
@@ -204,59 +230,76 @@ class LayerStore:
         k, v [R, H, n, D]; counts [R, H]; positions [R, H, n]; columns [N, R, H, n].
         """
         n, s = k.shape[2], self.storage
-        pairs = self.rows * self.heads
+        pairs, device = self.rows * self.heads, self.table.device
         self._widen(n)
-        table, held = self.table.view(pairs, 1, -1), torch.zeros(pairs, 1, dtype=torch.int32)
-        added = counts.reshape(-1).int()
+        table_host = self.table_host.reshape(pairs, 1, -1)
+        added = np.ascontiguousarray(counts.cpu().numpy().astype(np.int32).reshape(-1))
         s.reserve(int((-(-added // s.page_size)).sum()))
-        s.copy(s.pool.extend(_host(table), _host(held), _host(added)))
-        slots = torch.arange(n, dtype=torch.int32).expand(pairs, -1)
-        where = torch.where(slots < added[:, None], slots, -1).contiguous()
-        flat_positions = torch.zeros(pairs, 1, self.capacity, dtype=torch.int32)
-        flat_columns = torch.zeros(len(self.column_names), pairs, 1, self.capacity)
+        s.copy(s.pool.extend(table_host, np.zeros((pairs, 1), np.int32), added))
+        self.upload_table()
+        table = self.table.view(pairs, 1, -1)
+        slots = torch.arange(n, dtype=torch.int32, device=device).expand(pairs, -1)
+        limits = torch.from_numpy(added).to(device)
+        where = torch.where(slots < limits[:, None], slots, -1).contiguous()
+        held = torch.zeros(pairs, 1, dtype=torch.int32, device=device)
+        flat_positions = torch.zeros(pairs, 1, self.capacity, dtype=torch.int32, device=device)
+        flat_columns = torch.zeros(len(self.column_names), pairs, 1, self.capacity, device=device)
         ops.append(
             s.k_pages, s.v_pages, table, held, flat_positions, flat_columns, k.reshape(pairs, 1, n, -1),
             v.reshape(pairs, 1, n, -1), where,
         )  # fmt: skip
         self.counts.copy_(counts)
+        self._count(added.reshape(self.rows, self.heads))
         self.positions[..., :n] = positions
         self.columns[..., :n] = columns
-        self.max_count = int(counts.max()) if counts.numel() else 0
+        self.max_count = int(added.max(initial=0))
 
     def keep(self, index: Tensor, index_counts: Tensor) -> None:
         """Keep only the slots ``index`` [R, H, K] int32, ascending, ``index_counts`` [R, H] of them; free the rest."""
         s, pool = self.storage, self.storage.pool
-        target = self.table
+        wanted = np.ascontiguousarray(index_counts.cpu().numpy())
+        target, target_host = self.table, self.table_host
         shared = pool.shared(self.table_host)
         if shared:
-            target = torch.full_like(self.table, -1)
-            nothing = torch.zeros_like(self.counts)
+            target_host = np.full_like(self.table_host, -1)
             # Every head asks for its own number of entries: seen by the pool as rows of one head.
-            wanted = np.ascontiguousarray(_host(index_counts).reshape(-1))
-            flat = target.view(-1, 1, target.shape[2])
-            s.reserve(int(np.sum(-(-wanted // s.page_size))))
-            pool.extend(_host(flat), _host(nothing.view(-1, 1)), wanted)
+            flat = wanted.reshape(-1)
+            s.reserve(int(np.sum(-(-flat // s.page_size))))
+            pool.extend(target_host.reshape(len(flat), 1, -1), np.zeros((len(flat), 1), np.int32), flat)
+            target = torch.from_numpy(target_host).to(self.table.device)
         ops.compact(
             s.k_pages, s.v_pages, self.table, target, self.counts, self.positions, self.columns, index, index_counts
         )
+        self._count(wanted.copy())
         if shared:
             pool.release(self.table_host)
             self.table = target
-            self._bind()
+            if self.mirrored:
+                self.table_host = target_host
+            else:
+                self._bind()
         else:
             pool.shrink(self.table_host, self.counts_host)
+            self.upload_table()
         self.max_count = int(self.counts_host.max(initial=0))
 
     def overwrite(self, victims: Tensor) -> None:
         """Evict one slot ``victims`` [R, H] int32 of each head (-1: none), in place."""
         s, pool = self.storage, self.storage.pool
+        chosen = victims.cpu().numpy()
+        evicts = chosen >= 0
         if pool.shared(self.table_host):
-            page = np.where(_host(victims) < 0, 0, _host(victims) // s.page_size).astype(np.int32)
-            touched = (page + (_host(victims) >= 0)).astype(np.int32)
-            s.reserve(int(np.count_nonzero(_host(victims) >= 0)))
+            page = np.where(evicts, chosen // s.page_size, 0).astype(np.int32)
+            touched = (page + evicts).astype(np.int32)
+            s.reserve(int(np.count_nonzero(evicts)))
             s.copy(pool.unshare(self.table_host, page, touched))
+            self.upload_table()
         ops.overwrite(s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, victims)
+        self._count(self.counts_host - evicts.astype(np.int32))
+        pages = pool.used
         pool.shrink(self.table_host, self.counts_host)
+        if pool.used != pages:
+            self.upload_table()
         self.max_count = int(self.counts_host.max(initial=0))
 
     def crop(self, limits: Tensor) -> None:
@@ -277,16 +320,15 @@ class LayerStore:
     def select_rows(self, rows: Tensor) -> None:
         """Row r becomes a copy of the old row ``rows[r]`` (int64 [R']); pages are shared, not copied."""
         pool = self.storage.pool
-        old = self.table
-        device_rows = rows.to(old.device)
-        self.table = old[device_rows].contiguous()
-        pool.retain(_host(self.table))
-        pool.release(self.table_host)
+        before, device_rows = self.table_host, rows.to(self.table.device)
+        self.table = self.table[device_rows].contiguous()
         self.counts = self.counts[device_rows].contiguous()
         self.positions = self.positions[device_rows].contiguous()
         self.columns = self.columns[:, device_rows].contiguous()
         self.rows = len(rows)
         self._bind()
+        pool.retain(self.table_host)
+        pool.release(before)
 
     def fork(self) -> LayerStore:
         """A second store with the same entries; pages are shared until one side writes."""
@@ -301,7 +343,9 @@ class LayerStore:
     def release(self) -> None:
         """Give every page back; the store is empty afterwards."""
         self.storage.pool.release(self.table_host)
+        self.upload_table()
         self.counts.zero_()
+        self._count(np.zeros_like(self.counts_host))
         self.max_count = 0
 
     def __del__(self) -> None:
@@ -322,10 +366,3 @@ def _return_free_memory() -> None:
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
-
-
-def _host(x: Tensor) -> np.ndarray:
-    """A numpy view of a CPU tensor. The pool writes into tables through it, so a copy would be an error."""
-    if x.device.type != "cpu":
-        raise RuntimeError(f"tables must live on the CPU in this version, got {x.device}")
-    return x.numpy()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import _C
 from .attention import NAME, cache_argument
 from .cache import KVCache, check_options, layer_windows, resolve_policy
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
@@ -58,9 +59,7 @@ def wrap(
     name = type(model).__name__
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"{name} is not a decoder-only model that generates: kvcache cannot wrap it")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type != "cpu":
-        raise ValueError(f"{name} is on {device}: this version of kvcache runs on the CPU only")
+    check_devices(model)
     if model.dtype not in STORAGE_DTYPES:
         raise ValueError(f"{name} computes in {model.dtype}, kvcache in one of {', '.join(map(str, STORAGE_DTYPES))}")
     windows = layer_windows(model)
@@ -79,6 +78,18 @@ def wrap(
     state.route(model, resolved)
     model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
     return model
+
+
+def check_devices(model: PreTrainedModel) -> None:
+    """ValueError unless every parameter is where kvcache has kernels: on the CPU or on a CUDA device."""
+    name = type(model).__name__
+    for device in {p.device for p in model.parameters()}:
+        if device.type == "cpu":
+            continue
+        if device.type != "cuda":
+            raise ValueError(f"{name} has parameters on {device}: kvcache runs on the CPU and on CUDA devices")
+        if not _C.cuda_info()["compiled"]:
+            raise ValueError(f"{name} is on {device}, but this kvcache was built without nvcc: it has no CUDA kernels")
 
 
 def unwrap(model: ModelT) -> ModelT:

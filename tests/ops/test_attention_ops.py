@@ -15,6 +15,7 @@ from attention_case import assert_attention, assert_close, calls, ints, logit_er
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import bits, make_paged
+from support.backends import examples
 
 from kvcache import _C, ops
 from kvcache.ops import reference
@@ -37,7 +38,7 @@ def prefill(q, case, q_positions, **changes):
 
 
 @given(data=st.data(), call=calls())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_decode(backend, data, call):
     case, query_heads, g = call
     rows, heads, capacity = case.positions.shape
@@ -88,7 +89,7 @@ def draw_prefill(data, call):
 
 
 @given(data=st.data(), call=calls())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_prefill(backend, data, call):
     case, q, q_positions, shared = draw_prefill(data, call)
     before = case.clone()
@@ -99,7 +100,7 @@ def test_prefill(backend, data, call):
 
 
 @given(data=st.data(), call=calls())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_column_sums(backend, data, call):
     case, q, q_positions, shared = draw_prefill(data, call)
     for name in ("index", "index_counts"):

@@ -43,13 +43,45 @@ def _selection_scores(
     scale: float,
     soft: bool = True,
     per_head: bool = False,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
 ) -> Tensor:
     rows, heads, capacity = positions.shape
-    return q.new_empty(rows, heads if per_head else 1, capacity, dtype=torch.float32)
+    places = capacity if pages is None else pages.shape[2] * k_pages.shape[1]
+    return q.new_empty(rows, heads if per_head else 1, places, dtype=torch.float32)
+
+
+def _page_scores(
+    q: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool = True,
+    per_head: bool = False,
+) -> Tensor:
+    rows, heads, width = table.shape
+    return q.new_empty(rows, heads if per_head else 1, width, dtype=torch.float32)
+
+
+def _query_similarity(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], dtype=torch.float32)
 
 
 def _topk(
-    scores: Tensor, counts: Tensor, positions: Tensor, k: Tensor, first: Tensor, end: Tensor, width: int
+    scores: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    first: Tensor,
+    end: Tensor,
+    width: int,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    page_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     rows, heads = counts.shape
     return counts.new_empty(rows, heads, width), counts.new_empty(rows, heads)
@@ -61,6 +93,20 @@ def _choose_victims(
     return counts.new_empty(counts.shape)
 
 
+def _active_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    return mask.new_empty(mask.shape, dtype=torch.int32), mask.new_empty(1, dtype=torch.int32)
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    return x.new_empty(index.shape[0], x.shape[1])
+
+
+def _plan_decode(counts: Tensor, added: int, most: int, workers: int = 0) -> Tensor:
+    # What 0 stands for is known on the device only.
+    size = 8 * (1 + workers) if workers else torch.library.get_ctx().new_dynamic_size()
+    return counts.new_empty(counts.shape[0], size)
+
+
 def register(namespace: str) -> None:
     """Register all of them for ``torch.ops.<namespace>``; once, after its ops."""
     for name, function in {
@@ -70,9 +116,16 @@ def register(namespace: str) -> None:
         "overwrite": _nothing,
         "prefill_attention": _prefill_attention,
         "decode_attention": _decode_attention,
+        "plan_decode": _plan_decode,
         "column_sums": _column_sums,
         "selection_scores": _selection_scores,
+        "page_scores": _page_scores,
+        "query_similarity": _query_similarity,
         "topk": _topk,
         "choose_victims": _choose_victims,
+        "page_bounds": _nothing,
+        "active_rows": _active_rows,
+        "gather_rows": _gather_rows,
+        "scatter_rows": _nothing,
     }.items():
         torch.library.register_fake(f"{namespace}::{name}")(function)

@@ -12,6 +12,7 @@ table      [R, H, M] int32         page ids; entry ``slot // S`` holds ``slot``;
 counts     [R, H] int32            entries held by a head; slots ``0 .. count-1`` are alive, in any order
 positions  [R, H, C] int32         position of each entry among the real (not padding) tokens of its row
 columns    [N, R, H, C] float32    side columns; column 0 is the score
+bounds     [P, 2, Dk]              smallest and largest key of each page, per channel, in the pages' dtype
 ========== ======================= ==========================================================================
 
 Slots at or beyond ``count`` hold garbage, also NaN: no op lets it through.
@@ -54,11 +55,15 @@ def append(
     v: Tensor,
     new_positions: Tensor,
     new_columns: Tensor | None = None,
+    bounds: Tensor | None = None,
 ) -> None:
     """Write ``k`` [R, H, T, Dk] and ``v`` [R, H, T, Dv] behind the entries of each head, in place.
 
-    ``new_positions`` [R, T] int32; -1 marks a token that is not stored (padding, or a layer that this token skips).
-    ``new_columns`` [N, R, H, T] float32 fills the side columns, zeros when None. Adds to ``counts``.
+    ``new_positions`` [R, T] int32; negative marks a token that is not stored (padding, or a layer that this token
+    skips). ``new_columns`` [N, R, H, T] float32 fills the side columns, zeros when None. Adds to ``counts``.
+    ``bounds`` are kept up to date: those of a page whose first slot is written start afresh, others widen; NaN keys
+    leave them alone (a page and channel of nothing but NaN has the bounds inf and -inf). Entries that other ops move
+    into a page do not count: :func:`page_bounds`.
     """
     page_size = k_pages.shape[1]
     for r in range(table.shape[0]):
@@ -70,7 +75,35 @@ def append(
             v_pages[pages, slots % page_size] = v[r, h, keep].to(v_pages.dtype)
             positions[r, h, slots] = new_positions[r, keep]
             columns[:, r, h, slots] = 0.0 if new_columns is None else new_columns[:, r, h, keep]
+            if bounds is not None:
+                for column in (slots // page_size).unique().tolist():
+                    new = slots[slots // page_size == column] % page_size
+                    page = int(table[r, h, column])
+                    _widen(bounds[page], k_pages[page, new], fresh=int(new[0]) == 0)
         counts[r] += len(keep)
+
+
+def _widen(bounds: Tensor, keys: Tensor, fresh: bool) -> None:
+    """Make ``bounds`` [2, Dk] of a page include ``keys`` [n, Dk]; fresh: nothing else."""
+    missing = keys.isnan()
+    low = keys.masked_fill(missing, float("inf")).amin(0)
+    high = keys.masked_fill(missing, NEG_INF).amax(0)
+    bounds[0] = low if fresh else torch.fmin(bounds[0], low)
+    bounds[1] = high if fresh else torch.fmax(bounds[1], high)
+
+
+def page_bounds(k_pages: Tensor, table: Tensor, counts: Tensor, bounds: Tensor) -> None:
+    """Recompute ``bounds`` of every page that holds an entry, from the keys of its live slots.
+
+    For what :func:`append` did not see: after compaction, overwriting, or when bounds are first wanted. A page that
+    several heads share holds the same live slots in each.
+    """
+    page_size = k_pages.shape[1]
+    for r in range(table.shape[0]):
+        for h in range(table.shape[1]):
+            for column, begin in enumerate(range(0, int(counts[r, h]), page_size)):
+                page = int(table[r, h, column])
+                _widen(bounds[page], k_pages[page, : int(counts[r, h]) - begin], fresh=True)
 
 
 def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
@@ -114,7 +147,8 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
     """Logits [R, H, G, T, n] of q [R, Hq, T, D] over dense keys k [R, H, n, D]."""
     rows, heads, _, dim = k.shape
     wide = _wide(q.dtype)
-    logits = q.to(wide).view(rows, heads, -1, q.shape[2], dim) @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
+    group = q.shape[1] // heads if heads else 0
+    logits = q.to(wide).view(rows, heads, group, q.shape[2], dim) @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
     return torch.tanh(logits / softcap) * softcap if softcap > 0 else logits
 
 
@@ -248,6 +282,17 @@ def decode_attention(
     return out[:, 0], lse[..., 0]
 
 
+def plan_decode(counts: Tensor, added: int, most: int, workers: int = 0) -> Tensor:
+    """How decode attention on a GPU shares out the entries of all layers among its blocks, once per step.
+
+    counts [L, R, H] int32; every head gains ``added`` entries before the plan is used and holds at most ``most`` then;
+    ``workers`` blocks, 0: as many as fit the device. Returns int32 [L, size], one line for each layer, of which only
+    decode_attention knows the meaning (csrc/core/decode_plan.h). A plan decides who does what, never what comes out:
+    the reference makes empty ones.
+    """
+    return counts.new_zeros(counts.shape[0], 0)
+
+
 def column_sums(
     q: Tensor,
     k_pages: Tensor,
@@ -288,6 +333,17 @@ def column_sums(
     return out
 
 
+def _vote(logits: Tensor, candidate: Tensor, soft: bool, per_head: bool) -> Tensor:
+    """The heads' vote [R, H if per_head else 1, n] float32 over logits [R, H, G, n]; -inf for what is no candidate."""
+    logits = logits.masked_fill(~candidate[:, :, None], NEG_INF)
+    if soft and logits.shape[-1]:
+        top = logits.amax(-1, keepdim=True)
+        logits = torch.exp(logits - top.masked_fill(top == NEG_INF, 0.0))
+        logits = logits / logits.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
+    vote = logits.sum(2) if per_head else logits.sum((1, 2))[:, None]
+    return vote.float().masked_fill(~(candidate if per_head else candidate[:, :1]), NEG_INF)
+
+
 def selection_scores(
     q: Tensor,
     k_pages: Tensor,
@@ -299,6 +355,8 @@ def selection_scores(
     scale: float,
     soft: bool = True,
     per_head: bool = False,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
 ) -> Tensor:
     """Score of each candidate entry (``first[r] <= position < end[r]``, [R] int32) for a query q [R, Hq, Dk].
 
@@ -306,22 +364,74 @@ def selection_scores(
     probabilities are summed (TokenSelect's soft vote, arXiv 2411.02886, Eq. 7); otherwise the raw logits are summed
     (Eq. 5). ``per_head`` sums within each kv head's group only; without it all kv heads must hold the same entries in
     the same slots. Returns [R, H if per_head else 1, C] float32; -inf for entries that are no candidates.
+
+    ``pages`` [R, H if per_head else 1, W] int32, of which the first ``page_counts`` [R, H if per_head else 1] count,
+    lists ascending columns of the table: only the entries of those pages are candidates then, and the result is
+    [R, H if per_head else 1, W * S] in the order of the list: place i is slot ``pages[i // S] * S + i % S``.
     """
     rows, heads, capacity = positions.shape
-    width = int(counts.max()) if counts.numel() else 0
-    logits = _scores(q[:, :, None], gather_pages(k_pages, table, counts, width), scale, 0.0)[..., 0, :]
-    p = positions[..., :width]
-    candidate = _alive(counts, width) & (p >= first[:, None, None]) & (p < end[:, None, None])
-    logits = logits.masked_fill(~candidate[:, :, None], NEG_INF)
-    if soft and width:
-        top = logits.amax(-1, keepdim=True)
-        logits = torch.exp(logits - top.masked_fill(top == NEG_INF, 0.0))
-        logits = logits / logits.sum(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).tiny)
-    vote = logits.sum(2) if per_head else logits.sum((1, 2))[:, None]
-    candidate = candidate if per_head else candidate[:, :1]
-    out = torch.full((rows, heads if per_head else 1, capacity), NEG_INF, device=q.device)
-    out[..., :width] = vote.float().masked_fill(~candidate, NEG_INF)
+    dim, page_size = k_pages.shape[2], k_pages.shape[1]
+    if pages is None:
+        width = places = int(counts.max()) if counts.numel() else 0
+        k, alive, p = gather_pages(k_pages, table, counts, width), _alive(counts, width), positions[..., :width]
+    else:
+        assert page_counts is not None
+        width = pages.shape[2] * page_size
+        places = width if capacity else 0
+        listed = _alive(page_counts, pages.shape[2])[..., : places // page_size]
+        columns = pages[..., : places // page_size].masked_fill(~listed, 0).expand(rows, heads, -1).long()
+        inside = torch.arange(page_size, device=q.device)
+        slots = (columns[..., None] * page_size + inside).flatten(2)
+        alive = listed.repeat_interleave(page_size, 2) & (slots < counts[..., None])
+        k = k_pages[table.gather(2, columns).clamp(min=0).long()].reshape(rows, heads, places, dim)
+        k, p = k.masked_fill(~alive[..., None], 0), positions.gather(2, slots)
+    logits = _scores(q[:, :, None], k, scale, 0.0)[..., 0, :]
+    candidate = alive & (p >= first[:, None, None]) & (p < end[:, None, None])
+    out = torch.full((rows, heads if per_head else 1, capacity if pages is None else width), NEG_INF, device=q.device)
+    out[..., :places] = _vote(logits, candidate, soft, per_head)
     return out
+
+
+def page_scores(
+    q: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool = True,
+    per_head: bool = False,
+) -> Tensor:
+    """Score of each page for a query q [R, Hq, Dk], from ``bounds`` [P, 2, Dk]: the smallest and the largest key of the
+    page in each channel, finite, in the pages' dtype. The page size is C / M.
+
+    No key of a page has a larger logit than ``sum_d max(q_d * min_d, q_d * max_d) * scale`` (Quest, arXiv 2406.10774,
+    Algorithm 1). These bounds vote as the logits do in :func:`selection_scores`; every page with a live entry takes
+    part. A page that holds an entry with ``position < first[r]`` or ``position >= end[r]`` ([R] int32) scores +inf, as
+    it must be on the shortlist, one without live entries -inf. Returns [R, H if per_head else 1, M] float32.
+    """
+    rows, heads, width = table.shape
+    page_size = positions.shape[2] // width if width else 1
+    used = _alive((counts + page_size - 1).div(page_size, rounding_mode="floor"), width)
+    wide = _wide(q.dtype)
+    low, high = bounds[table.clamp(min=0).long()].masked_fill(~used[..., None, None], 0).to(wide).unbind(3)
+    grouped = q.to(wide).view(rows, heads, q.shape[1] // heads if heads else 0, 1, q.shape[2])
+    logits = torch.maximum(grouped * low[:, :, None], grouped * high[:, :, None]).sum(-1) * scale
+    scores = _vote(logits, used, soft, per_head)
+    guarded = (positions < first[:, None, None]) | (positions >= end[:, None, None])
+    guarded = (guarded & _alive(counts, positions.shape[2])).view(rows, heads, width, page_size).any(-1)
+    return scores.masked_fill(guarded if per_head else guarded[:, :1], float("inf"))
+
+
+def query_similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine [R] float32 of ``a`` and ``b`` [R, Hq, D] over all heads of a row at once: what
+    ``torch.cosine_similarity(a.flatten(1), b.flatten(1), dim=1, eps=1e-8)`` says of them in float32.
+
+    The test of TokenSelect's Selection Cache (arXiv 2411.02886, Algorithm 1).
+    """
+    return torch.cosine_similarity(a.flatten(1).float(), b.flatten(1).float(), dim=1, eps=1e-8)
 
 
 def topk(
@@ -332,6 +442,9 @@ def topk(
     first: Tensor,
     end: Tensor,
     width: int,
+    pages: Tensor | None = None,
+    page_counts: Tensor | None = None,
+    page_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Slots to keep or read: every protected entry and the ``k`` best candidates of each head.
 
@@ -339,8 +452,13 @@ def topk(
     ``position >= end`` are protected; of the rest the ``k`` with the highest score are taken (all of them when there
     are fewer), ties to the lowest position; NaN ranks lowest. Candidates scored -inf are taken last, not excluded.
 
+    ``pages`` [R, H, W] int32, of which the first ``page_counts`` [R, H] count, lists ascending columns of the table:
+    nothing but the entries of those pages exists then, and ``scores`` [R, H, W * page_size] are theirs, in the order
+    of the list (score i is that of slot ``pages[i // page_size] * page_size + i % page_size``).
+
     Returns ``index`` [R, H, width] int32, slots ascending, padded with -1, and ``index_counts`` [R, H] int32. Raises
-    ValueError when a head needs more than ``width`` slots.
+    ValueError when a head needs more than ``width`` slots. On a GPU nobody can raise: ``index_counts`` says how many
+    slots such a head needs, and ``index`` holds the first ``width`` of them.
     """
     rows, heads = counts.shape
     index = torch.full((rows, heads, width), -1, dtype=torch.int32, device=scores.device)
@@ -348,13 +466,21 @@ def topk(
     for r in range(rows):
         for h in range(heads):
             n = int(counts[r, h])
-            p = positions[r, h, :n]
+            entries = torch.arange(n, device=scores.device)
+            of_entry = scores[r, h, :n]
+            if pages is not None:
+                assert page_counts is not None
+                listed = pages[r, h, : int(page_counts[r, h])].long()
+                entries = (listed[:, None] * page_size + torch.arange(page_size, device=scores.device)).flatten()
+                of_entry = scores[r, h, : len(entries)][entries < n]
+                entries = entries[entries < n]
+            p = positions[r, h, entries]
             protected = (p < first[r]) | (p >= end[r])
             candidates = (~protected).nonzero().squeeze(-1)
             candidates = candidates[p[candidates].argsort(stable=True)]
-            values = scores[r, h, candidates].double().nan_to_num(nan=NEG_INF, posinf=float("inf"), neginf=NEG_INF)
+            values = of_entry[candidates].double().nan_to_num(nan=NEG_INF, posinf=float("inf"), neginf=NEG_INF)
             best = candidates[values.argsort(descending=True, stable=True)[: max(int(k[r, h]), 0)]]
-            slots = torch.cat([protected.nonzero().squeeze(-1), best]).sort().values
+            slots = entries[torch.cat([protected.nonzero().squeeze(-1), best]).sort().values]
             if len(slots) > width:
                 raise ValueError(f"topk: width={width} is too small, head ({r}, {h}) keeps {len(slots)} entries")
             index[r, h, : len(slots)] = slots.int()
@@ -415,3 +541,26 @@ def overwrite(
             positions[r, h, victim] = positions[r, h, last]
             columns[:, r, h, victim] = columns[:, r, h, last]
             counts[r, h] -= 1
+
+
+def active_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the true elements of ``mask`` [n] bool: ``index`` [n] int32, ascending, padded with -1, and ``count``
+    [1] int32. The shapes do not depend on the mask, so that the rest of a step can be captured in a graph."""
+    rows = mask.nonzero().squeeze(-1).int()
+    index = torch.full(mask.shape, -1, dtype=torch.int32, device=mask.device)
+    index[: len(rows)] = rows
+    return index, torch.tensor([len(rows)], dtype=torch.int32, device=mask.device)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` [m] int32 of ``x`` [n, D], as [m, D]; -1 gives a row of zeros."""
+    rows = x.new_zeros(index.shape[0], x.shape[1])
+    listed = index >= 0
+    rows[listed] = x[index[listed].long()]
+    return rows
+
+
+def scatter_rows(x: Tensor, rows: Tensor, index: Tensor) -> None:
+    """Write ``rows`` [m, D] over the rows ``index`` [m] int32 of ``x`` [n, D]; -1: nowhere. No row is listed twice."""
+    listed = index >= 0
+    x[index[listed].long()] = rows[listed]

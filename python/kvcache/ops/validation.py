@@ -101,10 +101,13 @@ class _View(_Checker):
 
     def view(self, k_pages: Tensor, v_pages: Tensor | None, table: Tensor, name: str = "table") -> None:
         self.page_arrays(k_pages, v_pages)
+        self.page_table(name, table, self.page_size)
+
+    def page_table(self, name: str, table: Tensor, page_size: int) -> None:
         self.plain(name, table, torch.int32, [("R", None), ("H", None), ("M", None)])
-        self.table = table
+        self.table, self.page_size = table, page_size
         self.rows, self.heads, width = table.shape
-        self.capacity = width * self.page_size
+        self.capacity = width * page_size
         self.per_row: Dims = [("R", self.rows)]
         self.per_head: Dims = [*self.per_row, ("H", self.heads)]
         self.per_entry: Dims = [*self.per_head, ("C", self.capacity)]
@@ -118,6 +121,14 @@ class _View(_Checker):
     def counts_in_range(self, counts: Tensor, capacity: int) -> None:
         for r, h in ((counts < 0) | (counts > capacity)).nonzero().tolist():
             raise self.value_error(f"counts of head ({r}, {h}) is {int(counts[r, h])}, needs 0 to C={capacity}")
+
+    def bounds(self, bounds: Tensor, dtype: torch.dtype) -> None:
+        self.dtype("bounds", bounds, *STORAGE)
+        if bounds.dtype != dtype:
+            raise TypeError(f"{self.op}: bounds is {_name(bounds.dtype)}, needs the dtype of the pages")
+        self.shape("bounds", bounds, [("P", self.pages), ("2", 2), ("Dk", self.k_dim)])
+        self.contiguous("bounds", bounds)
+        self.place("bounds", bounds)
 
     def columns(self, columns: Tensor) -> None:
         self.plain("columns", columns, torch.float32, [("N", None), *self.per_entry])
@@ -133,6 +144,25 @@ class _View(_Checker):
             raise self.value_error(
                 f"{name} of head ({r}, {h}) holds page {page} in column {c}, needs 0 to P-1={self.pages - 1}"
             )
+
+    def listed_pages(self, pages: Tensor, page_counts: Tensor, columns: int | Tensor) -> None:
+        """``pages`` [R, H, W] lists ascending columns of a table, the first ``page_counts`` [R, H] of them count.
+
+        ``columns``: how many there are, for all heads or [R, H].
+        """
+        width = pages.shape[2]
+        for r in range(pages.shape[0]):
+            for h in range(pages.shape[1]):
+                n = int(page_counts[r, h])
+                if not 0 <= n <= width:
+                    raise self.value_error(f"page_counts of head ({r}, {h}) is {n}, needs 0 to W={width}")
+                before, held = -1, int(columns[r, h]) if isinstance(columns, Tensor) else columns
+                for page in pages[r, h, :n].tolist():
+                    if not before < page < held:
+                        raise self.value_error(
+                            f"pages of head ({r}, {h}) lists {page}, needs ascending columns below {held}"
+                        )
+                    before = page
 
     def live_pages(self) -> None:
         self.page_ids("table", self.table, torch.zeros_like(self.counts), self.counts)
@@ -226,6 +256,7 @@ def append(
     v: Tensor,
     new_positions: Tensor,
     new_columns: Tensor | None,
+    bounds: Tensor | None,
 ) -> None:
     check = _View("append")
     check.view(k_pages, v_pages, table)
@@ -237,6 +268,8 @@ def append(
     check.plain("new_positions", new_positions, torch.int32, [*check.per_row, tokens])
     if new_columns is not None:
         check.plain("new_columns", new_columns, torch.float32, [("N", columns.shape[0]), *check.per_head, tokens])
+    if bounds is not None:
+        check.bounds(bounds, k_pages.dtype)
     after = counts + (new_positions >= 0).sum(1, keepdim=True)
     for r, h in (after > check.capacity).nonzero().tolist():
         raise check.value_error(
@@ -382,6 +415,14 @@ def decode_attention(
     check.live_pages()
 
 
+def plan_decode(counts: Tensor, added: int, most: int, workers: int) -> None:
+    check = _Checker("plan_decode")
+    check.plain("counts", counts, torch.int32, [("L", None), ("R", None), ("H", None)])
+    for name, value in (("added", added), ("most", most), ("workers", workers)):
+        if not 0 <= value < 2**31:
+            raise check.value_error(f"{name} is {value}, needs 0 or more")
+
+
 def column_sums(
     q: Tensor,
     k_pages: Tensor,
@@ -410,21 +451,10 @@ def column_sums(
     check.live_pages()
 
 
-def selection_scores(
-    q: Tensor,
-    k_pages: Tensor,
-    table: Tensor,
-    counts: Tensor,
-    positions: Tensor,
-    first: Tensor,
-    end: Tensor,
-    scale: float,
-    soft: bool,
-    per_head: bool,
+def _candidates(
+    check: _View, q: Tensor, counts: Tensor, positions: Tensor, first: Tensor, end: Tensor, per_head: bool
 ) -> None:
-    check = _View("selection_scores")
-    check.view(k_pages, None, table)
-    check.head_sizes(k_pages, None)
+    """What selection_scores and page_scores share."""
     check.entries(counts, positions)
     check.query(q, tokens=False)
     check.plain("first", first, torch.int32, check.per_row)
@@ -438,19 +468,109 @@ def selection_scores(
     check.live_pages()
 
 
-def topk(scores: Tensor, counts: Tensor, positions: Tensor, k: Tensor, first: Tensor, end: Tensor, width: int) -> None:
+def selection_scores(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool,
+    per_head: bool,
+    pages: Tensor | None,
+    page_counts: Tensor | None,
+) -> None:
+    check = _View("selection_scores")
+    check.view(k_pages, None, table)
+    check.head_sizes(k_pages, None)
+    _candidates(check, q, counts, positions, first, end, per_head)
+    if (pages is None) != (page_counts is None):
+        raise check.value_error("pages and page_counts need each other")
+    if pages is not None and page_counts is not None:
+        voters: Dims = [*check.per_row, ("heads", check.heads if per_head else 1)]
+        check.plain("pages", pages, torch.int32, [*voters, ("W", None)])
+        check.plain("page_counts", page_counts, torch.int32, voters)
+        held = (counts + check.page_size - 1).div(check.page_size, rounding_mode="floor")
+        if not per_head:
+            held = held[:, :1] if check.heads else counts.new_zeros(check.rows, 1)
+        check.listed_pages(pages, page_counts, held)
+
+
+def page_scores(
+    q: Tensor,
+    bounds: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool,
+    per_head: bool,
+) -> None:
+    check = _View("page_scores")
+    check.dtype("bounds", bounds, *STORAGE)
+    check.shape("bounds", bounds, [("P", None), ("2", 2), ("Dk", None)])
+    check.pages, _, check.k_dim = bounds.shape
+    check.bounds(bounds, bounds.dtype)
+    if not 1 <= check.k_dim <= MAX_HEAD_SIZE:
+        raise check.value_error(f"bounds has head size {check.k_dim}, needs 1 to {MAX_HEAD_SIZE}")
+    check.plain("table", table, torch.int32, [("R", None), ("H", None), ("M", None)])
+    rows, heads, width = table.shape
+    check.shape("positions", positions, [("R", rows), ("H", heads), ("C", None)])
+    capacity = positions.shape[2]
+    if capacity % width if width else capacity:
+        raise check.value_error(
+            f"positions has a capacity of {capacity}, needs a multiple of the table's width M={width}"
+        )
+    check.page_table("table", table, capacity // width if width else 1)
+    _candidates(check, q, counts, positions, first, end, per_head)
+
+
+def query_similarity(a: Tensor, b: Tensor) -> None:
+    check = _Checker("query_similarity")
+    check.strided("a", a, STORAGE, [("R", None), ("Hq", None), ("D", None)])
+    check.strided("b", b, STORAGE, [("R", a.shape[0]), ("Hq", a.shape[1]), ("D", a.shape[2])])
+
+
+def topk(
+    scores: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    k: Tensor,
+    first: Tensor,
+    end: Tensor,
+    width: int,
+    pages: Tensor | None,
+    page_counts: Tensor | None,
+    page_size: int,
+) -> None:
     check = _View("topk")
     check.strided("scores", scores, (torch.float32,), [("R", None), ("H", None), ("C", None)])
     rows, heads, capacity = scores.shape
     per_head: Dims = [("R", rows), ("H", heads)]
+    if (pages is None) != (page_counts is None):
+        raise check.value_error("pages and page_counts need each other")
+    if pages is not None and page_counts is not None:
+        if page_size < 1:
+            raise check.value_error(f"page_size is {page_size}, needs 1 or more with pages")
+        check.strided("pages", pages, (torch.int32,), [*per_head, ("W", None)])
+        check.strided("page_counts", page_counts, (torch.int32,), per_head)
+        check.shape("scores", scores, [*per_head, ("W*page_size", pages.shape[2] * page_size)])
     check.strided("counts", counts, (torch.int32,), per_head)
-    check.strided("positions", positions, (torch.int32,), [*per_head, ("C", capacity)])
+    per_slot = ("C", capacity if pages is None else None)
+    check.strided("positions", positions, (torch.int32,), [*per_head, per_slot])
+    capacity = positions.shape[2]
     check.strided("k", k, (torch.int32,), per_head)
     check.plain("first", first, torch.int32, per_head[:1])
     check.plain("end", end, torch.int32, per_head[:1])
     if width < 0:
         raise check.value_error(f"width is {width}, needs 0 or more")
     check.counts_in_range(counts, capacity)
+    if pages is not None and page_counts is not None:
+        check.listed_pages(pages, page_counts, -(-capacity // page_size))
 
 
 def choose_victims(
@@ -467,3 +587,44 @@ def choose_victims(
     check.plain("first", first, torch.int32, per_head[:1])
     check.plain("end", end, torch.int32, per_head[:1])
     check.counts_in_range(counts, capacity)
+
+
+def page_bounds(k_pages: Tensor, table: Tensor, counts: Tensor, bounds: Tensor) -> None:
+    check = _View("page_bounds")
+    check.view(k_pages, None, table)
+    check.plain("counts", counts, torch.int32, check.per_head)
+    check.counts_in_range(counts, check.capacity)
+    check.counts = counts
+    check.bounds(bounds, k_pages.dtype)
+    check.live_pages()
+
+
+def active_rows(mask: Tensor) -> None:
+    _Checker("active_rows").plain("mask", mask, torch.bool, [("n", None)])
+
+
+def _rows(check: _Checker, x: Tensor, index: Tensor) -> None:
+    check.dtype("x", x, *STORAGE)
+    check.shape("x", x, [("n", None), ("D", None)])
+    check.contiguous("x", x)
+    check.place("x", x)
+    check.plain("index", index, torch.int32, [("m", None)])
+    for i in index.tolist():
+        if not -1 <= i < x.shape[0]:
+            raise check.value_error(f"index holds {i}, needs -1 to n-1={x.shape[0] - 1}")
+
+
+def gather_rows(x: Tensor, index: Tensor) -> None:
+    _rows(_Checker("gather_rows"), x, index)
+
+
+def scatter_rows(x: Tensor, rows: Tensor, index: Tensor) -> None:
+    check = _Checker("scatter_rows")
+    _rows(check, x, index)
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{check.op}: rows is {type(rows).__name__}, needs a tensor")
+    if rows.dtype != x.dtype:
+        raise TypeError(f"{check.op}: rows has another dtype than x")
+    check.shape("rows", rows, [("m", index.shape[0]), ("D", x.shape[1])])
+    check.contiguous("rows", rows)
+    check.place("rows", rows)

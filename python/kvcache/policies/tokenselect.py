@@ -87,8 +87,8 @@ class TokenSelect(Policy):
         )
         if "made" not in state:
             rows = len(end)
-            index = torch.full((rows, 1, self.sinks + self.k + self.local), -1, dtype=torch.int32)
-            nothing = torch.zeros(rows, dtype=torch.int32)
+            index = torch.full((rows, 1, self.sinks + self.k + self.local), -1, dtype=torch.int32, device=end.device)
+            nothing = torch.zeros(rows, dtype=torch.int32, device=end.device)
             state.update(
                 made=nothing.bool(),
                 query=torch.zeros_like(plain),
@@ -139,7 +139,7 @@ class TokenSelect(Policy):
         first = torch.full_like(end, self.sinks)
         local = (end - self.local).clamp(min=self.sinks)
         scores = layer.vote(query, first, local, soft=self.vote == "soft")
-        k = torch.full((len(end), 1), self.k, dtype=torch.int32)
+        k = torch.full((len(end), 1), self.k, dtype=torch.int32, device=end.device)
         return layer.top(scores, k, first, local, end, width=self.sinks + self.k + self.local)
 
     def _select(
@@ -176,7 +176,7 @@ class TokenSelect(Policy):
         if need > index.shape[2]:
             index = _widen(index, need + self.local)
         if fresh > 0:
-            step = torch.arange(fresh, dtype=torch.int32)[None]
+            step = torch.arange(fresh, dtype=torch.int32, device=end.device)[None]
             new = step < (end - until)[:, None]
             place = torch.where(new, counts + step, index.shape[2] - 1).long()
             slots = torch.where(new, until[:, None] + step, index[:, 0].gather(1, place))
