@@ -52,7 +52,7 @@ CAUGHT = {
         "race": r"race in dynamic shared memory: read at \S+:\d+, not in order with the write by thread 63 at",
     },
     "no_syncwarp": {
-        "race": r"race in dynamic shared memory: read at planted_sync.cu:\d+, not in order with the write by thread 0 at",
+        "race": r"race in dynamic shared memory: read at planted_sync.cu:\d+, not in order with the write by thread 0",
     },
     "syncwarp_of_a_mask_without_the_writer": {
         "race": r"(race in|read of uninitialised) dynamic shared memory.* at planted_sync.cu:\d+",
@@ -71,7 +71,7 @@ CAUGHT = {
     },
     "no_barrier_between_threads_of_a_block_in_global_memory": {
         "shuffled": "wrong result",
-        "race": r"race in global memory: read at planted_sync.cu:\d+, not in order with the write by thread 0 at",
+        "race": r"race in global memory: read at planted_sync.cu:\d+, not in order with the write by thread 0",
     },
     "dynamic_shared_memory_overrun": {
         "plain": r"something wrote to offset 128 of 128",
@@ -122,7 +122,7 @@ CAUGHT = {
     "grid_of_nothing": {"plain": "CUDA error 9", "race": "CUDA error 9"},
     "wait_for_too_few_copies": {
         "plain": "wrong result",
-        "race": r"which an asynchronous copy issued by thread 1 at planted_copies.cu:\d+ still fills: it was not waited",
+        "race": r"which an asynchronous copy issued by thread 1 at \S+ still fills: it was not waited",
     },
     "no_wait_for_copies": {
         "plain": "wrong result",
