@@ -103,11 +103,12 @@ struct SelectionParams {
   int32_t query_heads;
   float scale;
   bool soft, per_head;
-  // Second stage: only the entries of these pages (columns of the table) are candidates; null: all entries.
+  // Second stage: only the entries of these pages (columns of the table) are candidates. page_counts null: all entries;
+  // an empty list may be null as well.
   const int32_t* pages;        // [rows, per_head ? heads : 1, page_width] ascending
   const int32_t* page_counts;  // [rows, per_head ? heads : 1]
   int64_t page_width;
-  // [rows, per_head ? heads : 1, width], width = pages ? page_width * page_size : capacity. On the CPU filled with -inf
+  // [rows, per_head ? heads : 1, width], width = page_counts ? page_width * page_size : capacity. On the CPU filled with -inf
   // by the caller.
   float* scores;
   float* scratch;  // CPU: [rows, query_heads, width] logits; GPU: see cuda/kernels.h

@@ -147,7 +147,8 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
     """Logits [R, H, G, T, n] of q [R, Hq, T, D] over dense keys k [R, H, n, D]."""
     rows, heads, _, dim = k.shape
     wide = _wide(q.dtype)
-    logits = q.to(wide).view(rows, heads, -1, q.shape[2], dim) @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
+    group = q.shape[1] // heads if heads else 0
+    logits = q.to(wide).view(rows, heads, group, q.shape[2], dim) @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
     return torch.tanh(logits / softcap) * softcap if softcap > 0 else logits
 
 
@@ -405,7 +406,7 @@ def page_scores(
     used = _alive((counts + page_size - 1).div(page_size, rounding_mode="floor"), width)
     wide = _wide(q.dtype)
     low, high = bounds[table.clamp(min=0).long()].masked_fill(~used[..., None, None], 0).to(wide).unbind(3)
-    grouped = q.to(wide).view(rows, heads, -1, 1, q.shape[2])
+    grouped = q.to(wide).view(rows, heads, q.shape[1] // heads if heads else 0, 1, q.shape[2])
     logits = torch.maximum(grouped * low[:, :, None], grouped * high[:, :, None]).sum(-1) * scale
     scores = _vote(logits, used, soft, per_head)
     guarded = (positions < first[:, None, None]) | (positions >= end[:, None, None])
