@@ -282,6 +282,17 @@ def decode_attention(
     return out[:, 0], lse[..., 0]
 
 
+def plan_decode(counts: Tensor, added: int, most: int, workers: int = 0) -> Tensor:
+    """How decode attention on a GPU shares out the entries of all layers among its blocks, once per step.
+
+    counts [L, R, H] int32; every head gains ``added`` entries before the plan is used and holds at most ``most`` then;
+    ``workers`` blocks, 0: as many as fit the device. Returns int32 [L, size], one line for each layer, of which only
+    decode_attention knows the meaning (csrc/core/decode_plan.h). A plan decides who does what, never what comes out:
+    the reference makes empty ones.
+    """
+    return counts.new_zeros(counts.shape[0], 0)
+
+
 def column_sums(
     q: Tensor,
     k_pages: Tensor,

@@ -415,6 +415,14 @@ def decode_attention(
     check.live_pages()
 
 
+def plan_decode(counts: Tensor, added: int, most: int, workers: int) -> None:
+    check = _Checker("plan_decode")
+    check.plain("counts", counts, torch.int32, [("L", None), ("R", None), ("H", None)])
+    for name, value in (("added", added), ("most", most), ("workers", workers)):
+        if not 0 <= value < 2**31:
+            raise check.value_error(f"{name} is {value}, needs 0 or more")
+
+
 def column_sums(
     q: Tensor,
     k_pages: Tensor,
