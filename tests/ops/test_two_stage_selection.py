@@ -36,7 +36,7 @@ def topics(tokens, *, rows=1, heads=2, dim=64, page_size=16, dtype=torch.bfloat1
     centres = torch.randn(rows, heads, int(topic.max()) + 1, dim, generator=g)
     k = centres[:, :, topic] + spread * torch.randn(rows, heads, tokens, dim, generator=g)
     v = torch.randn(rows, heads, tokens, dim, generator=g)
-    ops.append(*case.args, k, v, torch.arange(tokens, dtype=torch.int32).expand(rows, tokens).contiguous())
+    reference.append(*case.args, k, v, torch.arange(tokens, dtype=torch.int32).expand(rows, tokens).contiguous())
     return case, centres, g
 
 

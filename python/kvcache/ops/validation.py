@@ -524,6 +524,7 @@ def page_scores(
         raise check.value_error(f"bounds has head size {check.k_dim}, needs 1 to {MAX_HEAD_SIZE}")
     check.plain("table", table, torch.int32, [("R", None), ("H", None), ("M", None)])
     rows, heads, width = table.shape
+    check.dtype("positions", positions, torch.int32)
     check.shape("positions", positions, [("R", rows), ("H", heads), ("C", None)])
     capacity = positions.shape[2]
     if capacity % width if width else capacity:
