@@ -92,7 +92,7 @@ Prepared prepare(const AttentionParams& p, int multiprocessors) {
   d.k_pieces = Divisor::of(int32_t(view.k_dim * element / d.grain));
   d.v_pieces = Divisor::of(int32_t(view.v_dim * element / d.grain));
   result.kernel = kernel_of(p);
-  const int64_t limit = shared_memory_limit();
+  const int64_t limit = shared_memory_limit() - 128;  // what the kernels declare themselves
   d.shared_parts = true;
   DecodeNeeds needs = needs_of(result.kernel, d, limit);
   if (needs.block.parts == 0) {

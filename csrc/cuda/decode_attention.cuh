@@ -8,6 +8,7 @@
 #include "../core/divide.h"
 #include "../core/params.h"
 #include "device.cuh"
+#include "types.cuh"
 
 namespace kvcache::cuda {
 
@@ -88,6 +89,12 @@ __device__ __forceinline__ float finish_logit(const DecodeLaunch& d, int row, in
     x += kLog2E * p.bias[(int64_t(row) * p.bias_heads + bias_head) * p.view.capacity + slot];
   }
   return x;
+}
+
+__device__ __forceinline__ void store_out(const AttentionParams& p, int64_t at, float value) {
+  if (p.q.dtype == DType::kFloat32) static_cast<float*>(p.out)[at] = value;
+  else if (p.q.dtype == DType::kBFloat16) static_cast<bf16*>(p.out)[at] = from_float<bf16>(value);
+  else static_cast<f16*>(p.out)[at] = from_float<f16>(value);
 }
 
 // The plain division: only where an item begins.

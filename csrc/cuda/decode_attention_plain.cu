@@ -63,6 +63,18 @@ class PlainCore {
 
   __device__ __forceinline__ void copy(const DecodeLaunch& d, unsigned char* part, int64_t row,
                                        uint32_t visible) const {
+    if (d.grain == 16 && d.k_pieces.value == d.v_pieces.value) {  // the usual sizes
+      switch (d.k_pieces.value) {
+        case 8:
+          return copy_equal<8>(d, part, row, visible);
+        case 16:
+          return copy_equal<16>(d, part, row, visible);
+        case 32:
+          return copy_equal<32>(d, part, row, visible);
+        default:
+          break;
+      }
+    }
     switch (d.grain) {
       case 16:
         copy_as<16>(d, part, row, visible);
@@ -201,11 +213,17 @@ class PlainCore {
     copy_rows<kGrain>(to + kPart * k_stride_, v_stride_, d.p.view.v_pages, d.v_pieces, row, visible, lane_);
   }
 
+  template <int kCopies>
+  __device__ __forceinline__ void copy_equal(const DecodeLaunch& d, unsigned char* part, int64_t row,
+                                             uint32_t visible) const {
+    char* to = reinterpret_cast<char*>(part);
+    copy_equal_rows<kCopies>(to, k_stride_, to + kPart * k_stride_, v_stride_, d.p.view, row, visible, lane_);
+  }
+
   __device__ __forceinline__ static void store(const DecodeLaunch& d, const DecodeTarget& target, int v, float value) {
     if (v >= d.p.view.v_dim) return;
-    if (d.p.q.dtype == DType::kFloat32) target.store<float>(d, v, value);
-    else if (d.p.q.dtype == DType::kBFloat16) target.store<bf16>(d, v, value);
-    else target.store<f16>(d, v, value);
+    if (target.partial) target.partial[v] = value;
+    else store_out(d.p, target.offset + v, value);
   }
 
   __device__ __forceinline__ static void read_piece(const unsigned char* from, float (&values)[kInPiece]) {
@@ -227,7 +245,8 @@ class PlainCore {
     for (int i = 0; i < kOfWarp; ++i) logits[i] = 0.0f;
     const unsigned char* k = keys + lane_ / 2 * k_stride_;
     const int dim = k_pieces_ * kInPiece;
-#pragma unroll 2
+    constexpr int kAtOnce = kOfWarp == 1 ? 4 : 2;
+#pragma unroll kAtOnce
     for (int c = lane_ % 2; c < k_pieces_; c += 2) {
       float values[kInPiece];
       read_piece(k + c * 16, values);
@@ -246,6 +265,8 @@ class PlainCore {
 
   __device__ __forceinline__ void add(const unsigned char* values) {
     const int piece = lane_ & (lanes_ - 1);
+    constexpr int kAtOnce = kOfWarp == 1 ? 4 : 1;
+#pragma unroll kAtOnce
     for (int key = lane_ / lanes_; key < kPart; key += 32 / lanes_) {
       float weights[kOfWarp];
 #pragma unroll

@@ -29,12 +29,6 @@ struct Merged {
 // Where the i-th of the workers that share an item left its part.
 __device__ __forceinline__ int64_t partial_of(int from, int i) { return 2 * int64_t(from + i) + (i == 0 ? 1 : 0); }
 
-__device__ __forceinline__ void store_out(const AttentionParams& p, int64_t at, float value) {
-  if (p.q.dtype == DType::kFloat32) static_cast<float*>(p.out)[at] = value;
-  else if (p.q.dtype == DType::kBFloat16) static_cast<bf16*>(p.out)[at] = from_float<bf16>(value);
-  else static_cast<f16*>(p.out)[at] = from_float<f16>(value);
-}
-
 // Channels of all heads in pieces of 32; the sharing workers' blocks take turns. A warp merges every eighth part.
 __device__ void combine_outputs(const DecodeLaunch& d, int row, int head, int from, int sharing, int turn,
                                 float4* merged) {
@@ -88,7 +82,7 @@ __device__ void combine_levels(const DecodeLaunch& d, int head, int from, int sh
   }
 }
 
-__global__ void __launch_bounds__(kWarps * 32) decode_combine_kernel(const __grid_constant__ DecodeLaunch d) {
+__global__ void __launch_bounds__(kWarps * 32, 2) decode_combine_kernel(const __grid_constant__ DecodeLaunch d) {
   __shared__ float4 merged[kWarps * 32];
   KVCACHE_DYNAMIC_SHARED(float, levels);  // [group], for the statistics
   wait_for_dependencies();

@@ -131,6 +131,14 @@ __device__ inline void item_statistics(const DecodeLaunch& d, const DecodeItem& 
   add_statistics(d, at.item, at.row, at.head, piece.begin, piece.end, at.count, [&](int h) { return lse[h] * kLog2E; });
 }
 
+// Nobody would notice if a plan for other rows and heads left the outputs as they were.
+__device__ inline void spoil(const DecodeLaunch& d) {
+  const int64_t heads = int64_t(d.p.view.rows) * d.p.query_heads, first = blockIdx.x * blockDim.x + threadIdx.x;
+  const float nan = __uint_as_float(0x7fc00000u);
+  for (int64_t i = first; i < heads; i += int64_t(gridDim.x) * blockDim.x) d.p.lse[i] = nan;
+  for (int64_t i = first; i < heads * d.p.view.v_dim; i += int64_t(gridDim.x) * blockDim.x) store_out(d.p, i, nan);
+}
+
 // One block. `shared` is its dynamic shared memory.
 template <class Core>
 __device__ __forceinline__ void decode_worker(const DecodeLaunch& d, unsigned char* shared) {
@@ -145,7 +153,11 @@ __device__ __forceinline__ void decode_worker(const DecodeLaunch& d, unsigned ch
   __syncthreads();
   const int items = planned[0].x, unit = planned[0].y;  // DecodePlanHead
   const DecodeShare& share = *reinterpret_cast<const DecodeShare*>(planned + 1);
-  if (items != d.p.view.rows * d.p.view.heads || share.empty()) return;  // somebody else's plan
+  if (items != d.p.view.rows * d.p.view.heads) {
+    spoil(d);  // somebody else's plan
+    return;
+  }
+  if (share.empty()) return;
 
   const DecodeLayout layout = DecodeLayout::of<Core>(d, d.parts, d.stages);
   const int part_bytes = Core::part_bytes(d), tile = d.parts * kPart;

@@ -54,7 +54,7 @@ class MmaCore {
                                        uint32_t visible) const {
     char *k = reinterpret_cast<char*>(part), *v = k + kPart * k_stride();
     if constexpr (kExact) {
-      copy_equal_rows<kMax / 8>(k, v, k_stride(), d.p.view, row, visible, lane_);
+      copy_equal_rows<kMax / 8>(k, k_stride(), v, v_stride(), d.p.view, row, visible, lane_);
     } else {
       copy_rows<16>(k, k_stride(), d.p.view.k_pages, d.k_pieces, row, visible, lane_);
       copy_rows<16>(v, v_stride(), d.p.view.v_pages, d.v_pieces, row, visible, lane_);

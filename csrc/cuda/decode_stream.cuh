@@ -143,7 +143,7 @@ __device__ __forceinline__ void copy_grain(char* to, const char* from, bool full
 template <int kGrain, class Row>
 __device__ __forceinline__ void copy_rows(char* to, int stride, const void* pages, const Divisor& pieces, Row row,
                                           uint32_t visible, int lane) {
-  constexpr int kAtOnce = kGrain == 16 ? 4 : 1;
+  constexpr int kAtOnce = kGrain == 16 ? 2 : 1;
   const char* from = static_cast<const char*>(pages);
   const int n = pieces.value;
 #pragma unroll kAtOnce
@@ -157,21 +157,24 @@ __device__ __forceinline__ void copy_rows(char* to, int stride, const void* page
   }
 }
 
-// The same for keys and values of kPieces times 16 bytes each, a power of two.
-template <int kPieces>
-__device__ __forceinline__ void copy_equal_rows(char* k_to, char* v_to, int stride, const PagedView& view, uint32_t row,
-                                                uint32_t visible, int lane) {
+// The same for keys and values that both have kPieces times 16 bytes, a power of two.
+template <int kPieces, class Row>
+__device__ __forceinline__ void copy_equal_rows(char* k_to, int k_stride, char* v_to, int v_stride,
+                                                const PagedView& view, Row row, uint32_t visible, int lane) {
   static_assert(32 % kPieces == 0, "whole rows at a time");
   constexpr int kRows = 32 / kPieces;
-  const int first = lane / kPieces, inside = lane % kPieces * 16, at = first * stride + inside;
-  const char *k = static_cast<const char*>(view.k_pages) + inside, *v = static_cast<const char*>(view.v_pages) + inside;
+  const int first = lane / kPieces, inside = lane % kPieces * 16;
+  const char* k = static_cast<const char*>(view.k_pages) + inside;
+  const char* v = static_cast<const char*>(view.v_pages) + inside;
+  k_to += first * k_stride + inside;
+  v_to += first * v_stride + inside;
   visible >>= first;
 #pragma unroll
   for (int r = 0; r < kPart; r += kRows) {
     const uint64_t from = uint64_t(__shfl_sync(kFullWarp, row, first + r)) * (kPieces * 16);
     const bool full = visible >> r & 1;
-    cp_async_16(k_to + at + r * stride, k + from, full);
-    cp_async_16(v_to + at + r * stride, v + from, full);
+    cp_async_16(k_to + r * k_stride, k + from, full);
+    cp_async_16(v_to + r * v_stride, v + from, full);
   }
 }
 

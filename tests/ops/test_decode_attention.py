@@ -12,7 +12,8 @@ from attention_case import assert_attention, assert_close, ints, logit_error, op
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import NAN, bits, make_paged
-from support.backends import examples
+from support.backends import CUDA as BACKENDS
+from support.backends import examples, use
 
 from kvcache import ops
 from kvcache.ops import reference
@@ -262,8 +263,6 @@ def test_page_sizes(backend, page_size):
 @pytest.mark.parametrize("kilobytes", [48, 99, 163, 227])
 @pytest.mark.parametrize(("dim", "group", "dtype"), [(128, 8, HALF[0]), (256, 4, HALF[1]), (256, 20, torch.float32)])
 def test_devices_with_less_shared_memory(monkeypatch, kilobytes, dim, group, dtype):
-    from support.backends import use
-
     monkeypatch.setenv("KVCACHE_EMULATED_SHARED", str(kilobytes * 1024))
     case = storage(1, 2, 170, k_dim=dim, dtype=dtype)
     q = query(case, group)
@@ -387,6 +386,19 @@ def test_bug_11_a_plan_replayed_with_other_counts(backend, group):
             got = decode(q, case, mine, plan=line, **changes)
             assert_attention(got, expect(q, case, theirs, **changes), q, 2e-5)
             assert_close(mine, theirs, statistics_error(4e-5, case, backend), "statistics")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("group", [1, 4])
+def test_bug_11_a_plan_for_other_rows_shows(backend, group):
+    """Nothing on the host can tell; but then the result is NaN, not what the memory held before."""
+    case = storage(3, 2, 50, k_dim=64)
+    q = query(case, group)
+    with use(backend):
+        other = ops.plan_decode(torch.full((1, 2, 2), 50, dtype=torch.int32), 0, 50, 6)[0]
+        out, lse = decode(q, case, plan=other)
+    assert out.isnan().all()
+    assert lse.isnan().all()
 
 
 def test_bug_12_more_rows_than_a_grid_dimension(fast_backend, monkeypatch):
