@@ -3,7 +3,8 @@
     python bench/tables.py [--check]
 
 A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is a key of TABLES, or ``cpu_KERNEL`` or
-``GPU/KERNEL`` for that JSON in ``bench/results/``. ``--check`` changes nothing and exits with 1 where a table does not agree.
+``GPU/KERNEL`` for that JSON in ``bench/results/``. ``--check`` changes nothing and exits with 1 where a table does not
+agree.
 """
 
 from __future__ import annotations
