@@ -7,8 +7,8 @@
 namespace kvcache {
 
 struct Divisor {
-  int32_t value;     // 1 ..
-  uint32_t factor;   // ceil(2^(31 + shift) / value) with 2^shift >= value
+  int32_t value;    // 1 ..
+  uint32_t factor;  // ceil(2^(31 + shift) / value) with 2^shift >= value
   uint32_t shift;
 
   static Divisor of(int32_t value) {

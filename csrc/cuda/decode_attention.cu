@@ -160,7 +160,7 @@ int decode_attention(const AttentionParams& p, int multiprocessors, Stream strea
   if (prepared.kernel == Kernel::kBf16) error = decode_on_bf16(d, prepared.shared_bytes, stream);
   else if (prepared.kernel == Kernel::kF16) error = decode_on_f16(d, prepared.shared_bytes, stream);
   else error = decode_on_plain(d, prepared.shared_bytes, stream);
-  return error ? error : decode_combine(d, stream);
+  return error || d.workers == 1 ? error : decode_combine(d, stream);
 }
 
 }  // namespace kvcache::cuda

@@ -19,19 +19,20 @@ struct DecodeLaunch {
   AttentionParams p;
   const DecodePlan* plan;
   int32_t workers;
-  int32_t group;         // query heads of a kv head
+  int32_t group;          // query heads of a kv head
   int32_t parts, stages;  // of a block's shared memory
   Divisor page_size;
-  float2* partial_state;  // [2 * workers, group] largest logit (base 2), sum of weights; the sum is -1 if no entry was seen
-  float* partial_out;     // [2 * workers, group, v_dim] weighted sums
+  float2*
+      partial_state;  // [2 * workers, group] largest logit (base 2), sum of weights; the sum is -1 if no entry was seen
+  float* partial_out;  // [2 * workers, group, v_dim] weighted sums
   // For the statistics, [rows * heads, places, weight_heads], or null. See decode_statistics.cuh.
   void* weights;
   int64_t places;
   int32_t weight_heads;
   bool half_weights;
-  bool aligned_q;     // 16 bytes at a time
-  bool shared_parts;  // large groups: divide the heads among the warps (if the queries fit)
-  int32_t grain;   // bytes that can be copied at once from the pages: 16, 8, 4 or 2
+  bool aligned_q;              // 16 bytes at a time
+  bool shared_parts;           // large groups: divide the heads among the warps (if the queries fit)
+  int32_t grain;               // bytes that can be copied at once from the pages: 16, 8, 4 or 2
   Divisor k_pieces, v_pieces;  // of that size in a row
 };
 
@@ -75,7 +76,8 @@ __device__ __forceinline__ HeadEnd end_head(const AttentionParams& p, int query_
 }
 
 // Softcap and bias on the product of a query head (number `in_group` of the kv head's) and a visible slot's key: base 2.
-__device__ __forceinline__ float finish_logit(const DecodeLaunch& d, int row, int head, int in_group, int slot, float x) {
+__device__ __forceinline__ float finish_logit(const DecodeLaunch& d, int row, int head, int in_group, int slot,
+                                              float x) {
   const AttentionParams& p = d.p;
   if (p.softcap > 0.0f) x = tanhf(x * (p.scale / p.softcap)) * (p.softcap * kLog2E);
   else x *= p.scale * kLog2E;

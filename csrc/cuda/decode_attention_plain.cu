@@ -18,7 +18,7 @@ class PlainCore {
   static constexpr int kHeads = kOfWarp * (kShared ? kSharedWarps : 1);
   static constexpr int kThreads = kShared ? 32 * kSharedWarps : 128;  // at most
   static constexpr int kBlocks = kShared ? 1 : 2;
-  static constexpr int kInPiece = 16 / sizeof(T);      // values
+  static constexpr int kInPiece = 16 / sizeof(T);         // values
   static constexpr int kPieces = sizeof(T) == 4 ? 2 : 1;  // of a value's row that a lane has at most
 
   __host__ __device__ static int pieces_of(int dim) { return (dim + kInPiece - 1) / kInPiece; }
@@ -63,10 +63,18 @@ class PlainCore {
   __device__ __forceinline__ void copy(const DecodeLaunch& d, unsigned char* part, int64_t row,
                                        uint32_t visible) const {
     switch (d.grain) {
-      case 16: copy_as<16>(d, part, row, visible); break;
-      case 8: copy_as<8>(d, part, row, visible); break;
-      case 4: copy_as<4>(d, part, row, visible); break;
-      default: copy_as<2>(d, part, row, visible); break;
+      case 16:
+        copy_as<16>(d, part, row, visible);
+        break;
+      case 8:
+        copy_as<8>(d, part, row, visible);
+        break;
+      case 4:
+        copy_as<4>(d, part, row, visible);
+        break;
+      default:
+        copy_as<2>(d, part, row, visible);
+        break;
     }
   }
 
@@ -259,11 +267,11 @@ class PlainCore {
   float* const weights_;  // [16, kOfWarp]
   float* const work_;
   const int warp_, lane_;
-  const int k_stride_, v_stride_;    // bytes of a row in shared memory
-  const int k_pieces_, v_pieces_;    // 16 bytes each
-  int lanes_;                        // that share a value's row: a power of two
-  int heads_;                        // of this warp
-  bool seen_;                        // an entry
+  const int k_stride_, v_stride_;  // bytes of a row in shared memory
+  const int k_pieces_, v_pieces_;  // 16 bytes each
+  int lanes_;                      // that share a value's row: a power of two
+  int heads_;                      // of this warp
+  bool seen_;                      // an entry
   float peak_[kOfWarp], mass_[kOfWarp];
   float sums_[kOfWarp][kPieces * kInPiece];
 };

@@ -62,7 +62,8 @@ __device__ void combine_outputs(const DecodeLaunch& d, int row, int head, int fr
       }
       const int64_t query_head = int64_t(head) * d.group + h;
       const HeadEnd end = end_head(p, int(query_head), all.peak, all.state());
-      store_out(p, (int64_t(row) * p.query_heads + query_head) * dim + channel - int64_t(h) * dim, all.sum * end.factor);
+      store_out(p, (int64_t(row) * p.query_heads + query_head) * dim + channel - int64_t(h) * dim,
+                all.sum * end.factor);
       if (channel == int64_t(h) * dim) p.lse[int64_t(row) * p.query_heads + query_head] = end.level * kLn2;
     }
     __syncthreads();
@@ -107,8 +108,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_combine_kernel(const __gri
       if (d.weights) {
         combine_levels(d, at.head, piece.from, sharing, levels);
         __syncthreads();
-        add_statistics(d, item, at.row, at.head, piece.begin, piece.end, now.count,
-                       [&](int h) { return levels[h]; });
+        add_statistics(d, item, at.row, at.head, piece.begin, piece.end, now.count, [&](int h) { return levels[h]; });
         __syncthreads();
       }
     }

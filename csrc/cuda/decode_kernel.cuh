@@ -52,11 +52,21 @@ DecodeNeeds decode_needs(const DecodeLaunch& d, int64_t limit) {
 // Waits until the oldest of the stages - 1 groups of copies that are under way has landed.
 __device__ __forceinline__ void wait_for_stage(int stages) {
   switch (stages) {
-    case 2: cp_async_wait<0>(); break;
-    case 3: cp_async_wait<1>(); break;
-    case 4: cp_async_wait<2>(); break;
-    case 5: cp_async_wait<3>(); break;
-    default: cp_async_wait<4>(); break;
+    case 2:
+      cp_async_wait<0>();
+      break;
+    case 3:
+      cp_async_wait<1>();
+      break;
+    case 4:
+      cp_async_wait<2>();
+      break;
+    case 5:
+      cp_async_wait<3>();
+      break;
+    default:
+      cp_async_wait<4>();
+      break;
   }
 }
 
@@ -97,8 +107,8 @@ struct DecodeTarget {
 
   __device__ __forceinline__ DecodeTarget(const DecodeLaunch& d, const DecodeItem& at, int in_pass) {
     const int64_t in_group = at.first_head + in_pass, dim = d.p.view.v_dim;
-    partial = at.piece.whole() ? nullptr
-                               : d.partial_out + (int64_t(at.piece.partial(at.worker)) * d.group + in_group) * dim;
+    partial =
+        at.piece.whole() ? nullptr : d.partial_out + (int64_t(at.piece.partial(at.worker)) * d.group + in_group) * dim;
     offset = (int64_t(at.row) * d.p.query_heads + at.head * int64_t(d.group) + in_group) * dim;
   }
   template <class T>

@@ -24,7 +24,7 @@ class MmaCore {
   static constexpr int kHeads = 8 * kTiles * (kShared ? kSharedWarps : 1);
   static constexpr int kThreads = kShared ? 32 * kSharedWarps : 128;  // at most
   static constexpr int kBlocks = kShared ? 1 : 2;                     // that the registers of a multiprocessor hold
-  static constexpr int kSteps = kMax / 16;  // of 16 channels
+  static constexpr int kSteps = kMax / 16;                            // of 16 channels
   // Rows in shared memory are an odd number of 16 bytes apart, so that the 8 rows of an ldmatrix lie in different banks.
   static constexpr int kPad = 16;
 
@@ -148,7 +148,7 @@ class MmaCore {
       };
 #pragma unroll
       for (int m = 0; m < kSteps; ++m) {
-        float(&sums)[4] = sums_[n][m];
+        float (&sums)[4] = sums_[n][m];
         sums[0] *= factor0, sums[1] *= factor1, sums[2] *= factor0, sums[3] *= factor1;
         if (kShared || d.parts == 1) {
           if (m < v_steps(d)) store(m, sums);
@@ -305,9 +305,9 @@ class MmaCore {
 
   unsigned char* work_;
   const int warp_, lane_;
-  int k_stride_, v_stride_;  // bytes of a row in shared memory
-  int tiles_;                // of 8 heads, that this warp has
-  bool seen_;                // an entry
+  int k_stride_, v_stride_;                  // bytes of a row in shared memory
+  int tiles_;                                // of 8 heads, that this warp has
+  bool seen_;                                // an entry
   float peak_[kTiles][2], mass_[kTiles][2];  // mass: of this lane's keys
   float sums_[kTiles][kSteps][4];            // channels g, g and g + 8, g + 8; heads 2t, 2t + 1 alternating
 };

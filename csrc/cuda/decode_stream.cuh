@@ -11,8 +11,8 @@ namespace kvcache::cuda {
 
 // What the computing side must know of 16 entries in the ring.
 struct alignas(16) PartNote {
-  uint32_t visible;      // a bit for each entry that is read
-  uint32_t last;         // the item ends here, for this worker
+  uint32_t visible;  // a bit for each entry that is read
+  uint32_t last;     // the item ends here, for this worker
   int32_t unused[2];
   int32_t slots[kPart];  // where visible
 };
@@ -104,8 +104,9 @@ class EntryStream {
     slot_ = at_ + mine_;
     if (p.index) {
       const int inside = slot_ - d_.page_size.quotient(slot_) * p.view.page_size;
-      slot_ = !p.index_pages ? listed_ : listed_ < 0 || listed_ >= p.view.table_width ? -1
-                                                                         : listed_ * p.view.page_size + inside;
+      slot_ = !p.index_pages                                 ? listed_
+              : listed_ < 0 || listed_ >= p.view.table_width ? -1
+                                                             : listed_ * p.view.page_size + inside;
     }
     const int column = slot_ < 0 ? 0 : d_.page_size.quotient(slot_);
     inside_ = slot_ - column * p.view.page_size;
