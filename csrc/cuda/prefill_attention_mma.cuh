@@ -82,10 +82,10 @@ __device__ __forceinline__ void copy_queries(const AttentionParams& p, const Pre
     const bool full = memory.last[m] >= 0;
     const T* from = static_cast<const T*>(p.q.data) + (full ? query_offset(p, block, m) + chunk * 8 : 0);
     T* to = chunk_at(memory.queries, m, chunk, memory.k_width);
-    if (aligned || !full) {
+    if (aligned) {
       cp_async_16(to, from, full);
     } else {
-      for (int j = 0; j < 8; ++j) to[j] = from[j];
+      for (int j = 0; j < 8; ++j) to[j] = full ? from[j] : T{};
     }
   }
 }
