@@ -66,7 +66,10 @@ def calls(draw):
         q = strided(q)
     q_positions = draw_positions(draw, rows, tokens, capacity, g)
     q.masked_fill_((q_positions < 0)[:, None, :, None], float("nan"))  # padding holds anything
-    call = {"scale": draw(st.sampled_from((k_dim**-0.5, 0.3, -0.2, 0.0))), "softcap": draw(st.sampled_from((0.0, 0.0, 20.0)))}
+    call = {
+        "scale": draw(st.sampled_from((k_dim**-0.5, 0.3, -0.2, 0.0))),
+        "softcap": draw(st.sampled_from((0.0, 0.0, 20.0))),
+    }
     call |= draw_options(draw, case, query_heads, q_positions, g)
     return case, q, q_positions, call
 

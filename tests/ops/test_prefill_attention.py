@@ -66,7 +66,9 @@ def test_tensor_cores(backend, multiprocessors, call, count):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize(
+    ("dim", "v_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
+)
 @pytest.mark.parametrize(("tokens", "group"), [(4, 4), (15, 4), (150, 1), (67, 5)])
 def test_every_kernel(backend, multiprocessors, dtype, dim, v_dim, tokens, group):  # noqa: F811
     """Causal chunk behind 200 older entries: each head size meets each arrangement of warps."""
@@ -105,7 +107,7 @@ def test_pieces_of_a_head(backend, multiprocessors, count, dtype, dim, tokens): 
 
 
 def test_hidden_tiles_are_skipped_by_position_not_by_slot(backend):
-    """Entries in reverse order: the first tile holds the latest positions, so early queries need the last tiles (15)."""
+    """Entries in reverse order: the first tile has the latest positions, early queries need the last tile (15)."""
     case = prompt(300)
     case.positions[:, :, :300] = torch.arange(299, -1, -1, dtype=torch.int32)
     q = torch.randn(1, 4, 300, 64).bfloat16()
