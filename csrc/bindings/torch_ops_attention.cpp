@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "../core/decode_plan.h"
 #include "../core/split.h"
 #include "../cpu/attention_plan.h"
 #include "../cpu/kernels.h"
@@ -133,6 +134,45 @@ class AttentionChecker : public Checker {
 };
 
 template <Backend B>
+Tensor plan_decode(const Tensor& counts, int64_t added, int64_t most, int64_t workers) {
+  const Checker check("plan_decode", B);
+  PlanParams p{};
+  p.counts = check.int32("counts", counts, {{"L", kAny}, {"R", kAny}, {"H", kAny}});
+  p.layers = int32_t(counts.size(0));
+  p.rows = int32_t(counts.size(1));
+  p.heads = int32_t(counts.size(2));
+  auto within = [&](const char* argument, int64_t value, int64_t least) {
+    if (value < least || value > INT32_MAX) {
+      check.value_error(std::string(argument) + " is " + std::to_string(value) + ", needs " + std::to_string(least) +
+                        " or more");
+    }
+  };
+  within("added", added, 0);
+  within("most", most, 0);
+  within("workers", workers, 0);
+  p.added = int32_t(added);
+  p.most = most;
+  p.workers = int32_t(workers);
+  if constexpr (B == Backend::kCuda) {
+    const Launch launch(check, counts);
+    if (p.workers == 0) p.workers = decode_workers(launch.multiprocessors());
+    Tensor plan = check.empty(counts, {p.layers, decode_plan_size(p.workers)}, counts.dtype());
+    p.plan = plan.mutable_data<int32_t>();
+    launch.succeed(cuda::plan_decode(p, launch.stream()));
+    return plan;
+  } else {
+    if (p.workers == 0) p.workers = abi::num_threads();
+    Tensor plan = check.empty(counts, {p.layers, decode_plan_size(p.workers)}, counts.dtype());
+    const int32_t items = p.rows * p.heads;
+    for (int64_t i = 0; i < p.layers; ++i) {
+      plan_decode_on_host(p.counts + i * items, items, p.added, p.most, p.workers,
+                          plan.mutable_data<int32_t>() + i * decode_plan_size(p.workers));
+    }
+    return plan;
+  }
+}
+
+template <Backend B>
 std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                             const Tensor& table, const Tensor& counts, const Tensor& positions,
                                             const OptionalTensor& window_start, const OptionalTensor& sinks,
@@ -167,13 +207,17 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pag
   p.lse = lse.mutable_data<float>();
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, q);
-    if (plan) p.plan = check.int32("plan", *plan, {{"size", kAny}});
+    if (plan) {
+      p.plan = check.int32("plan", *plan, {{"size", kAny}});
+      p.plan_workers = decode_plan_workers(plan->size(0));
+      if (p.plan_workers < 1) check.value_error("plan is not one that plan_decode made");
+    }
     const Tensor memory = check.scratch(q, cuda::decode_attention_scratch(p, launch.multiprocessors()));
     p.scratch = memory.mutable_data<float>();
     launch.succeed(cuda::decode_attention(p, launch.multiprocessors(), launch.stream()));
   } else {
     const int64_t items = int64_t(view.rows) * view.heads;
-    const int64_t most = p.index ? std::min(p.index_width, max_count(view)) : max_count(view);
+    const int64_t most = p.index ? std::min(cpu::index_places(p), max_count(view)) : max_count(view);
     const int64_t per_head = most * (view.k_dim + view.v_dim);
     p.splits = items * per_head < grain(1) ? 1 : decode_splits(abi::num_threads(), view.rows, view.heads, most);
     Tensor memory(nullptr);
@@ -443,6 +487,8 @@ const Op kAttentionOps[] = {
      "Tensor(a!)? statistics, float scale, float softcap=0.0, float statistics_decay=1.0, "
      "bool statistics_max=False, bool index_pages=False, Tensor? plan=None) -> (Tensor, Tensor)",
      KVCACHE_OP(decode_attention)},
+    {"plan_decode", "plan_decode(Tensor counts, int added, int most, int workers=0) -> Tensor",
+     KVCACHE_OP(plan_decode)},
     {"column_sums",
      "column_sums(Tensor q, Tensor k_pages, Tensor table, Tensor counts, Tensor positions, Tensor q_positions, "
      "Tensor lse, Tensor? window_start, Tensor? bias, Tensor? mask, float scale, float softcap=0.0, int last=0, "

@@ -65,9 +65,10 @@ struct AttentionParams {
   float* statistics;     // decode: [rows, heads, capacity] or null
   float statistics_decay;
   bool statistics_max;
-  float* scratch;       // CPU, decode: see attention_plan.h: decode_scratch_floats; GPU: *_scratch() in cuda/kernels.h
-  int32_t splits;       // decode on the CPU: pieces that a head's entries are cut into (core/split.h)
-  const int32_t* plan;  // decode on a GPU: this layer's part of a plan (core/decode_plan.h)
+  float* scratch;        // CPU, decode: see attention_plan.h: decode_scratch_floats; GPU: *_scratch() in cuda/kernels.h
+  int32_t splits;        // decode on the CPU: pieces that a head's entries are cut into (core/split.h)
+  const int32_t* plan;   // decode on a GPU: this layer's part of a plan (core/decode_plan.h), or null
+  int32_t plan_workers;  // that it is made for: decode_plan_workers(its size)
 };
 
 // Shares out the entries of all heads among the blocks of a decode launch, for all layers at once.
@@ -103,11 +104,12 @@ struct SelectionParams {
   int32_t query_heads;
   float scale;
   bool soft, per_head;
-  // Second stage: only the entries of these pages (columns of the table) are candidates; null: all entries.
+  // Second stage: only the entries of these pages (columns of the table) are candidates. page_counts null: all entries;
+  // an empty list may be null as well.
   const int32_t* pages;        // [rows, per_head ? heads : 1, page_width] ascending
   const int32_t* page_counts;  // [rows, per_head ? heads : 1]
   int64_t page_width;
-  // [rows, per_head ? heads : 1, width], width = pages ? page_width * page_size : capacity. On the CPU filled with -inf
+  // [rows, per_head ? heads : 1, width], width = page_counts ? page_width * page_size : capacity. On the CPU filled with -inf
   // by the caller.
   float* scores;
   float* scratch;  // CPU: [rows, query_heads, width] logits; GPU: see cuda/kernels.h

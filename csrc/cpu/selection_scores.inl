@@ -16,7 +16,8 @@ struct Election {
   int query_heads;
   float scale;
   bool soft, per_head;
-  const int32_t *pages, *page_counts;  // of entries: [rows, per_head ? heads : 1, page_width]; null: all
+  // Of entries: [rows, per_head ? heads : 1, page_width], and how many; page_counts null: all. (An empty list may be null.)
+  const int32_t *pages, *page_counts;
   int64_t page_width;
   const void* bounds;  // of pages; null: entries
   int64_t width;       // places of a line
@@ -24,7 +25,7 @@ struct Election {
 };
 
 inline Election election_of(const SelectionParams& p) {
-  const int64_t width = p.pages ? p.page_width * p.view.page_size : p.view.capacity;
+  const int64_t width = p.page_counts ? p.page_width * p.view.page_size : p.view.capacity;
   return {&p.view, &p.q,          p.first,      p.end,   p.query_heads, p.scale,  p.soft,   p.per_head,
           p.pages, p.page_counts, p.page_width, nullptr, width,         p.scores, p.scratch};
 }
@@ -57,7 +58,7 @@ inline Places places_of(const Election& e, int64_t row, int64_t head) {
                    e.bounds ? nullptr : view.positions + line * view.capacity,
                    e.bounds ? (count + size - 1) / size : count,
                    0};
-  if (e.pages) {
+  if (e.page_counts) {
     const int64_t list = e.per_head ? line : row, listed = e.page_counts[list];
     places.list = e.pages + list * e.page_width;
     places.n = listed * size;

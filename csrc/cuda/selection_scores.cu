@@ -39,7 +39,7 @@ LogitsParams logits_params(const SelectionParams& s) {
   p.unit = 1;
   p.capacity = view.capacity;
   p.page_width = s.page_width;
-  p.width = s.pages ? s.page_width * view.page_size : view.capacity;
+  p.width = s.page_counts ? s.page_width * view.page_size : view.capacity;
   p.soft = s.soft;
   p.scale = s.soft ? s.scale * kLog2E : s.scale;
   place_scratch(p, s.scratch);
@@ -62,7 +62,7 @@ int logits(const LogitsParams& p, Stream stream) {
 }
 
 int64_t selection_scores_scratch(const SelectionParams& p) {
-  const int64_t width = p.pages ? p.page_width * p.view.page_size : p.view.capacity;
+  const int64_t width = p.page_counts ? p.page_width * p.view.page_size : p.view.capacity;
   return selection_plan(p.view.rows, p.view.heads, width).floats(int64_t(p.view.rows) * p.query_heads) * 4;
 }
 

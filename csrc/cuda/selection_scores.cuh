@@ -35,8 +35,8 @@ struct LogitsParams {
   const int32_t* counts;       // [rows, heads]
   const int32_t* positions;    // [rows, heads, capacity], or null: whatever is alive is a candidate
   const int32_t *first, *end;  // [rows]
-  const int32_t* pages;        // [rows, lists, page_width] columns of the table, or null: all of them
-  const int32_t* page_counts;  // [rows, lists]
+  const int32_t* pages;        // [rows, lists, page_width] columns of the table
+  const int32_t* page_counts;  // [rows, lists], or null: all entries count
   Strided4 q;                  // [rows, query_heads, 1, bounds ? dim / 2 : dim]
   DType dtype;
   int32_t rows, heads, lists, group, dim, page_size, table_width;
@@ -91,9 +91,9 @@ __device__ __forceinline__ Places places_of(const LogitsParams& p, int64_t row, 
   Places places;
   places.table = p.table + line * p.table_width;
   places.positions = p.positions ? p.positions + line * p.capacity : nullptr;
-  places.list = p.pages ? p.pages + list * p.page_width : nullptr;
+  places.list = p.page_counts ? p.pages + list * p.page_width : nullptr;
   places.count = p.heads > 0 ? (uint32_t(p.counts[line]) + uint32_t(p.unit - 1)) / uint32_t(p.unit) : 0;
-  places.n = p.heads == 0 ? 0 : p.pages ? int64_t(p.page_counts[list]) * p.page_size : int64_t(places.count);
+  places.n = p.heads == 0 ? 0 : p.page_counts ? int64_t(p.page_counts[list]) * p.page_size : int64_t(places.count);
   places.n = places.n < p.width ? places.n : p.width;
   places.page_size = p.page_size;
   places.table_width = p.table_width;

@@ -275,11 +275,34 @@ class Engine:
             q[:, :, 0], pages.k, pages.v, pages.table, pages.counts, pages.positions,
             None if start is None else start[:, 0].contiguous(), ask.sinks, None,
             None if selection is None else selection.index, None if selection is None else selection.counts,
-            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max",
+            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max", False,
+            None if aside or selection is not None else self._decode_plan(layer),
         )  # fmt: skip
         if statistics is not None and aside:
             self._add_scores(layer, statistics, keep)
         return out[:, None]
+
+    def _decode_plan(self, layer: Layer) -> Tensor | None:
+        """The layer's part of a plan that is made once per step for all layers alike; None on a CPU."""
+        step, store = self.step, layer.store
+        assert step is not None
+        assert store is not None
+        if not store.mirrored:
+            return None
+        if layer.index not in step.plans:
+            alike = [
+                x
+                for x in self.layers
+                if x.store is not None
+                and x.store.counts.shape == store.counts.shape
+                and x.store.counts.device == store.counts.device
+            ]
+            counts = torch.stack([x.store.counts for x in alike if x.store is not None])
+            most = max(x.store.max_count for x in alike if x.store is not None) + 1
+            # Layers that have not appended yet gain one entry; for the others the plan is one too long: harmless.
+            plans = ops.plan_decode(counts, added=1, most=most)
+            step.plans.update((x.index, plans[i]) for i, x in enumerate(alike))
+        return step.plans[layer.index]
 
     def _chunks(
         self, q: Tensor, positions: Tensor, reach: Tensor

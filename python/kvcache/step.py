@@ -34,6 +34,7 @@ class Step:
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
     skipped: set[int] = field(default_factory=set)  # layers that no token runs
     angles: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)  # turn queries back to position 0
+    plans: dict[int, Tensor] = field(default_factory=dict)  # layer -> how a GPU shares out its entries
     _starts: dict[int, Tensor] = field(default_factory=dict)
     _copies: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 

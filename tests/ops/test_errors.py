@@ -55,7 +55,15 @@ def good_calls():
         | keys
         | {"q_positions": q_positions, "lse": torch.zeros(2, 4, 3), "window_start": q_positions - 3}
         | {"bias": extras["bias"], "mask": mask, "scale": 0.5, "softcap": 10.0, "last": 2},
-        "selection_scores": {"q": q[:, :, 0]} | keys | bounds | {"scale": 0.5},
+        "selection_scores": {"q": q[:, :, 0]}
+        | keys
+        | bounds
+        | {"scale": 0.5, "pages": ints([[[0, -1]], [[0, -1]]]), "page_counts": ints([[1], [1]])},
+        "page_scores": {"q": q[:, :, 0], "bounds": torch.zeros(len(case.k_pages), 2, 8)}
+        | {name: x for name, x in keys.items() if name != "k_pages"}
+        | bounds
+        | {"scale": 0.5},
+        "query_similarity": {"a": q[:, :, 0], "b": q[:, :, 1]},
         "topk": ranked | {"k": two} | bounds | {"width": capacity},
         "choose_victims": ranked | {"budgets": two} | bounds,
     }
@@ -77,7 +85,7 @@ def change_for(name, op):
 
 def bad_calls():
     # These define R, P or H, so that the damage shows at others, or their first dimension is nobody's business.
-    defining = ("k_pages", "v_pages", "table", "source_table", "scores", "source")
+    defining = ("k_pages", "v_pages", "bounds", "table", "source_table", "scores", "source")
     free = {("compact", "columns"), ("overwrite", "columns"), ("choose_victims", "positions")}
     for op, good in good_calls().items():
         for name, value in good.items():
@@ -104,10 +112,18 @@ def bad_calls():
     ends[1, 0, int(counts[1, 0]) // 4] = -1
     many = counts.clone()
     many[1, 1] = capacity + 1
-    for op in ("append", "overwrite", "prefill_attention", "decode_attention", "column_sums", "selection_scores"):
+    for op in (
+        "append",
+        "overwrite",
+        "prefill_attention",
+        "decode_attention",
+        "column_sums",
+        "selection_scores",
+        "page_scores",
+    ):
         yield values(op, counts=many)
         yield values(op, counts=-counts)
-    for op in ("prefill_attention", "decode_attention", "column_sums", "selection_scores"):
+    for op in ("prefill_attention", "decode_attention", "column_sums", "selection_scores", "page_scores"):
         yield values(op, table=hole)
         yield values(op, table=far)
         yield values(op, q=good[op]["q"][:, :3].contiguous())
@@ -148,7 +164,14 @@ def bad_calls():
     for op in ("prefill_attention", "column_sums"):
         yield values(op, mask=torch.ones(2, 3, 3, capacity, dtype=torch.bool))
     yield values("column_sums", last=-1)
-    yield values("selection_scores", counts=counts - ints([[0, 1], [0, 0]]))
+    for op in ("selection_scores", "page_scores"):
+        yield values(op, counts=counts - ints([[0, 1], [0, 0]]))
+    yield values("selection_scores", pages=None)
+    yield values("selection_scores", page_counts=ints([[1], [3]]))
+    yield values("selection_scores", pages=ints([[[0, -1]], [[9, -1]]]))
+    yield values("selection_scores", pages=ints([[[1, 0]], [[0, -1]]]), page_counts=ints([[2], [1]]))
+    yield values("page_scores", positions=good["page_scores"]["positions"][..., :-1].contiguous())
+    yield values("page_scores", bounds=torch.zeros(5, 2, 300))
     yield values("topk", width=-1)
     yield values("topk", width=1)
 

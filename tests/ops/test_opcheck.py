@@ -40,6 +40,8 @@ def samples():
     mask = torch.rand(2, 1, 3, capacity) < 0.7
     statistics = torch.rand(2, 2, capacity)
     lse = torch.randn(2, 4, 3)
+    bounds = torch.randn(max(len(case.k_pages), len(twin.k_pages)), 2, 8)
+    pages = torch.where(case.counts > 0, 0, -1).int()[..., None]
     return {
         "append": [((*case.args, k, v, new_positions),), ((*case.args, k, v, new_positions, torch.randn(1, 2, 2, 3)),)],
         "copy_pages": [((case.k_pages, case.v_pages, ints([0, 1]), ints([2, 3])),)],
@@ -60,7 +62,13 @@ def samples():
         "selection_scores": [
             ((q[:, :, 0], *keys, first, end, 0.4, True, True),),
             ((q[:, :, 0], twin.k_pages, twin.table, twin.counts, twin.positions, first, end, 0.4, False),),
+            ((q[:, :, 0], *keys, first, end, 0.4, True, True, pages, pages[..., 0] + 1),),
         ],
+        "page_scores": [
+            ((q[:, :, 0], bounds, *keys[1:], first, end, 0.4, True, True),),
+            ((q[:, :, 0], bounds, twin.table, twin.counts, twin.positions, first, end, 0.4, False),),
+        ],
+        "query_similarity": [((q[:, :, 0], q[:, :, 1].bfloat16()),)],
         "topk": [((case.columns[0], case.counts, case.positions, case.counts // 2, first, end, capacity),)],
         "choose_victims": [
             ((case.columns[0], case.counts, case.positions, case.counts // 2, first, end),),

@@ -31,6 +31,7 @@ __all__ = [
     "overwrite",
     "page_bounds",
     "page_scores",
+    "plan_decode",
     "prefill_attention",
     "query_similarity",
     "register_backend",
@@ -54,6 +55,7 @@ OPS = (
     "overwrite",
     "page_bounds",
     "page_scores",
+    "plan_decode",
     "prefill_attention",
     "query_similarity",
     "scatter_rows",
@@ -407,6 +409,18 @@ def page_scores(
         return reference.page_scores(*args)
     try:
         return _native.page_scores(*args)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def plan_decode(counts: Tensor, added: int, most: int, workers: int = 0) -> Tensor:
+    """How decode attention shares out the entries of all layers: :func:`kvcache.ops.reference.plan_decode`."""
+    args = (counts, added, most, workers)
+    if _native is None:
+        validation.plan_decode(*args)
+        return reference.plan_decode(*args)
+    try:
+        return _native.plan_decode(*args)
     except RuntimeError as error:
         _raise(error)
 

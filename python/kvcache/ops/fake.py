@@ -101,6 +101,12 @@ def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty(index.shape[0], x.shape[1])
 
 
+def _plan_decode(counts: Tensor, added: int, most: int, workers: int = 0) -> Tensor:
+    # What 0 stands for is known on the device only.
+    size = 8 * (1 + workers) if workers else torch.library.get_ctx().new_dynamic_size()
+    return counts.new_empty(counts.shape[0], size)
+
+
 def register(namespace: str) -> None:
     """Register all of them for ``torch.ops.<namespace>``; once, after its ops."""
     for name, function in {
@@ -110,6 +116,7 @@ def register(namespace: str) -> None:
         "overwrite": _nothing,
         "prefill_attention": _prefill_attention,
         "decode_attention": _decode_attention,
+        "plan_decode": _plan_decode,
         "column_sums": _column_sums,
         "selection_scores": _selection_scores,
         "page_scores": _page_scores,

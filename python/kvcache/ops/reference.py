@@ -147,7 +147,8 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
     """Logits [R, H, G, T, n] of q [R, Hq, T, D] over dense keys k [R, H, n, D]."""
     rows, heads, _, dim = k.shape
     wide = _wide(q.dtype)
-    logits = q.to(wide).view(rows, heads, -1, q.shape[2], dim) @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
+    group = q.shape[1] // heads if heads else 0
+    logits = q.to(wide).view(rows, heads, group, q.shape[2], dim) @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
     return torch.tanh(logits / softcap) * softcap if softcap > 0 else logits
 
 
@@ -179,7 +180,7 @@ def _visible(
     if index is not None:
         assert index_counts is not None
         listed = torch.zeros(rows, index.shape[1], width + 1, dtype=torch.bool, device=counts.device)
-        valid = torch.arange(index.shape[2], device=index.device) < index_counts[..., None]
+        valid = (torch.arange(index.shape[2], device=index.device) < index_counts[..., None]) & (index < width)
         listed.scatter_(2, torch.where(valid, index, width).long(), True)
         seen = seen & listed[:, :, None, :width]
     return seen
@@ -249,11 +250,14 @@ def decode_attention(
     softcap: float = 0.0,
     statistics_decay: float = 1.0,
     statistics_max: bool = False,
+    index_pages: bool = False,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per row over its ragged entries.
 
     q [R, Hq, Dk]; ``window_start`` [R] int32 hides entries below that position; the other arguments are those of
-    :func:`prefill_attention`. ``statistics`` [R, H, C] float32 is updated in place for every live entry:
+    :func:`prefill_attention`, but with ``index_pages`` the ``index`` lists columns of the table, and every live entry of
+    those pages is read. ``plan`` is a line of :func:`plan_decode`'s result for these or other counts. ``statistics`` [R, H, C] float32 is updated in place for every live entry:
     ``statistics = statistics * statistics_decay + p`` where p is the attention probability reduced over the group
     (mean, or max when ``statistics_max``); entries that are not read have p = 0.
 
@@ -261,6 +265,10 @@ def decode_attention(
     """
     rows, query_heads, _ = q.shape
     heads = counts.shape[1]
+    if index_pages and index is not None and index_counts is not None:
+        size = k_pages.shape[1]
+        index = (index[..., None] * size + torch.arange(size, dtype=torch.int32, device=index.device)).flatten(2)
+        index_counts = index_counts * size
     last = torch.full((rows, 1), torch.iinfo(torch.int32).max, dtype=torch.int32, device=q.device)
     start = None if window_start is None else window_start[:, None]
     out, lse = prefill_attention(
@@ -279,6 +287,17 @@ def decode_attention(
         old = statistics[..., :width]
         statistics[..., :width] = torch.where(_alive(counts, width), old * statistics_decay + p.float(), old)
     return out[:, 0], lse[..., 0]
+
+
+def plan_decode(counts: Tensor, added: int, most: int, workers: int = 0) -> Tensor:
+    """How decode attention on a GPU shares out the entries of all layers among its blocks, once per step.
+
+    counts [L, R, H] int32; every head gains ``added`` entries before the plan is used and holds at most ``most`` then;
+    ``workers`` blocks, 0: as many as fit the device. Returns int32 [L, size], one line for each layer, of which only
+    decode_attention knows the meaning (csrc/core/decode_plan.h). A plan decides who does what, never what comes out:
+    the reference makes empty ones.
+    """
+    return counts.new_zeros(counts.shape[0], 0)
 
 
 def column_sums(
@@ -405,7 +424,7 @@ def page_scores(
     used = _alive((counts + page_size - 1).div(page_size, rounding_mode="floor"), width)
     wide = _wide(q.dtype)
     low, high = bounds[table.clamp(min=0).long()].masked_fill(~used[..., None, None], 0).to(wide).unbind(3)
-    grouped = q.to(wide).view(rows, heads, -1, 1, q.shape[2])
+    grouped = q.to(wide).view(rows, heads, q.shape[1] // heads if heads else 0, 1, q.shape[2])
     logits = torch.maximum(grouped * low[:, :, None], grouped * high[:, :, None]).sum(-1) * scale
     scores = _vote(logits, used, soft, per_head)
     guarded = (positions < first[:, None, None]) | (positions >= end[:, None, None])

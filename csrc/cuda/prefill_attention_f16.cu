@@ -1,0 +1,10 @@
+// The tensor-core kernels of prefill attention for float16; in a file of their own, so that they compile beside the others.
+#include "prefill_attention_mma.cuh"
+
+namespace kvcache::cuda {
+
+int prefill_attention_f16(const AttentionParams& p, const PrefillTiles& tiles, Stream stream) {
+  return launch_prefill<f16>(p, tiles, stream);
+}
+
+}  // namespace kvcache::cuda
