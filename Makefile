@@ -12,12 +12,14 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
 ARGS   ?=
+# The tests compile the CUDA kernels for one GPU; a release for all (see CMakeLists.txt).
+export KVCACHE_CUDA_ARCHS ?= 90a-real
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check install -q
 HAVE   := $(shell $(PYTHON) -c "import importlib.util as u; print(int(all(u.find_spec(m) for m in ('torch', 'pybind11', 'scikit_build_core', 'pytest'))))")
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: test demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report
 
 test: build lint
 	$(PY) -m pytest -q $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(int(bool(u.find_spec('xdist'))))")),-n 2) $(ARGS)
@@ -57,14 +59,13 @@ endif
 NO_VENV = $(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt-get install python3-venv
 
 # --- on a machine with a GPU and nvcc, also without a network. Each part ends by itself, within ten minutes.
-GPU_ARCH ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d . | sed -e 's/^\(9\|1[0-9]\)\(.\)$$/\1\2a/')
 SANITIZE_TESTS ?= tests/ops
 gpu: gpu-test gpu-sanitize gpu-bench
 
 gpu-build: $(VENV)/ready
-	test -n "$(GPU_ARCH)" || { echo "make gpu needs a GPU: nvidia-smi names none"; exit 1; }
-	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" $(PIP) --no-build-isolation --no-deps -Cbuild-dir=build/gpu \
-	  -Ccmake.define.KVCACHE_CUDA=ON -Ccmake.define.KVCACHE_CUDA_ARCHS=$(GPU_ARCH)-real -e .
+	nvidia-smi -L || { echo "make gpu needs a GPU: nvidia-smi names none"; exit 1; }
+	env -u KVCACHE_CUDA_ARCHS PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" $(PIP) --no-build-isolation --no-deps -Cbuild-dir=build/gpu \
+	  -Ccmake.define.KVCACHE_CUDA=ON -e .
 
 gpu-test: gpu-build
 	timeout 540 $(PY) -m pytest -q -m cuda tests $(ARGS)
@@ -82,6 +83,10 @@ gpu-sanitize: gpu-build
 
 gpu-bench: gpu-build
 	timeout 570 $(PY) bench/gpu.py --minutes 9
+
+# No GPU needed: what the compiler says of every kernel, for docs/kernels.md.
+kernel-report:
+	$(PYTHON) bench/kernel_report.py --out bench/results/nvcc/kernels.json
 
 lint: build
 	$(call lint,ruff,check .)

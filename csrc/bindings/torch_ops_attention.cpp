@@ -207,13 +207,17 @@ std::tuple<Tensor, Tensor> decode_attention(const Tensor& q, const Tensor& k_pag
   p.lse = lse.mutable_data<float>();
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, q);
-    if (plan) p.plan = check.int32("plan", *plan, {{"size", kAny}});
+    if (plan) {
+      p.plan = check.int32("plan", *plan, {{"size", kAny}});
+      p.plan_workers = decode_plan_workers(plan->size(0));
+      if (p.plan_workers < 1) check.value_error("plan is not one that plan_decode made");
+    }
     const Tensor memory = check.scratch(q, cuda::decode_attention_scratch(p, launch.multiprocessors()));
     p.scratch = memory.mutable_data<float>();
     launch.succeed(cuda::decode_attention(p, launch.multiprocessors(), launch.stream()));
   } else {
     const int64_t items = int64_t(view.rows) * view.heads;
-    const int64_t most = p.index ? std::min(p.index_width, max_count(view)) : max_count(view);
+    const int64_t most = p.index ? std::min(cpu::index_places(p), max_count(view)) : max_count(view);
     const int64_t per_head = most * (view.k_dim + view.v_dim);
     p.splits = items * per_head < grain(1) ? 1 : decode_splits(abi::num_threads(), view.rows, view.heads, most);
     Tensor memory(nullptr);

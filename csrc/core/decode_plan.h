@@ -54,7 +54,9 @@ KVCACHE_EVERYWHERE int32_t decode_plan_workers(int64_t size) {
 }
 
 // Two blocks fit a multiprocessor: one loads while the other ends an item.
-KVCACHE_EVERYWHERE int32_t decode_workers(int32_t multiprocessors) { return multiprocessors > 0 ? 2 * multiprocessors : 1; }
+KVCACHE_EVERYWHERE int32_t decode_workers(int32_t multiprocessors) {
+  return multiprocessors > 0 ? 2 * multiprocessors : 1;
+}
 
 // --- the arithmetic of a plan
 

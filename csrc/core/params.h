@@ -65,9 +65,10 @@ struct AttentionParams {
   float* statistics;     // decode: [rows, heads, capacity] or null
   float statistics_decay;
   bool statistics_max;
-  float* scratch;       // CPU, decode: see attention_plan.h: decode_scratch_floats; GPU: *_scratch() in cuda/kernels.h
-  int32_t splits;       // decode on the CPU: pieces that a head's entries are cut into (core/split.h)
-  const int32_t* plan;  // decode on a GPU: this layer's part of a plan (core/decode_plan.h)
+  float* scratch;        // CPU, decode: see attention_plan.h: decode_scratch_floats; GPU: *_scratch() in cuda/kernels.h
+  int32_t splits;        // decode on the CPU: pieces that a head's entries are cut into (core/split.h)
+  const int32_t* plan;   // decode on a GPU: this layer's part of a plan (core/decode_plan.h), or null
+  int32_t plan_workers;  // that it is made for: decode_plan_workers(its size)
 };
 
 // Shares out the entries of all heads among the blocks of a decode launch, for all layers at once.

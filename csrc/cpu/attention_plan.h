@@ -5,11 +5,16 @@
 
 namespace kvcache::cpu {
 
+// Entries that a head's list names at most: those of the pages if it lists pages.
+[[maybe_unused]] static int64_t index_places(const AttentionParams& p) {
+  return p.index_width * (p.index_pages ? int64_t(p.view.page_size) : 1);
+}
+
 // Floats of `scratch`: each split's partial result, then the logits when statistics are collected.
 [[maybe_unused]] static int64_t decode_scratch_floats(const AttentionParams& p) {
   const int64_t queries = int64_t(p.view.rows) * p.query_heads;
   const int64_t partials = p.splits > 1 ? queries * p.splits * (p.view.v_dim + 3) : 0;
-  const int64_t logits = p.statistics ? queries * (p.index ? p.index_width : p.view.capacity) : 0;
+  const int64_t logits = p.statistics ? queries * (p.index ? index_places(p) : p.view.capacity) : 0;
   return partials + logits;
 }
 

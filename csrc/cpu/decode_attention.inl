@@ -135,7 +135,7 @@ inline void update_softmax(const Tile& tile, int group, int stride, float* logit
 
 // The logits kept for the statistics, [candidates] of one query head.
 inline float* kept_logits(const AttentionParams& p, int64_t row, int64_t query_head) {
-  const int64_t width = p.index ? p.index_width : p.view.capacity, queries = int64_t(p.view.rows) * p.query_heads;
+  const int64_t width = p.index ? index_places(p) : p.view.capacity, queries = int64_t(p.view.rows) * p.query_heads;
   const int64_t partials = p.splits > 1 ? queries * p.splits * (p.view.v_dim + 3) : 0;
   return p.scratch + partials + (row * p.query_heads + query_head) * width;
 }
@@ -250,7 +250,7 @@ inline void add_statistics(const AttentionParams& p, int64_t row, int64_t head) 
       memcpy(statistics + i, lanes, size_t(n) * 4);
     } else {
       for (int j = 0; j < n; ++j) {
-        const int64_t slot = walk.index[i + j];
+        const int64_t slot = walk.slot(i + j);
         if (slot >= 0 && slot < walk.count) statistics[slot] += lanes[j];
       }
     }

@@ -10,7 +10,8 @@ namespace {
 constexpr int kTile =
     128;  // entries; at 128 x float32 a tile of keys and one of values are 64 KB each, well within the L2
 
-// What a walk covers: candidates begin .. end, which are slots, or places in `index` when there is one.
+// What a walk covers: candidates begin .. end, which are slots, or places in `index` when there is one. An index of
+// pages has page_size places for each.
 struct Walk {
   const PagedView* view;
   const int32_t* table;      // [table_width]
@@ -20,7 +21,15 @@ struct Walk {
   int32_t window_start;      // INT32_MIN: no window
   int64_t next, end;         // candidates still to visit
   bool keys_only = false;
+  bool index_pages = false;
 
+  // The slot of a candidate; beyond the count or negative where there is none.
+  int64_t slot(int64_t candidate) const {
+    if (!index) return candidate;
+    if (!index_pages) return index[candidate];
+    const uint32_t place = uint32_t(candidate), size = uint32_t(view->page_size);
+    return int64_t(index[place / size]) * size + place % size;
+  }
   bool filtered() const { return index || window_start != INT32_MIN; }
 };
 
@@ -64,7 +73,7 @@ inline bool next_tile(Walk& walk, Tile& tile) {
     walk.next += n;
   } else {
     for (; walk.next < walk.end && tile.n < kTile; ++walk.next) {
-      const int64_t slot = walk.index ? walk.index[walk.next] : walk.next;
+      const int64_t slot = walk.slot(walk.next);
       if (slot < 0 || slot >= walk.count || walk.positions[slot] < walk.window_start) continue;
       const int64_t row = walk.table[slot / size] * size + slot % size;
       tile.k[tile.n] = k_pages + row * k_bytes;
@@ -221,7 +230,8 @@ inline Walk head_walk(const AttentionParams& p, int64_t item) {
   walk.count = p.view.counts[item];
   walk.window_start = INT32_MIN;
   walk.next = 0;
-  walk.end = p.index ? p.index_counts[list] : walk.count;
+  walk.index_pages = p.index && p.index_pages;
+  walk.end = !p.index ? walk.count : p.index_counts[list] * (p.index_pages ? int64_t(p.view.page_size) : 1);
   return walk;
 }
 

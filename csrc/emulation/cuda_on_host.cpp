@@ -228,7 +228,7 @@ void run_block() {
   if (checks) checks->block();
   error.clear();
   switch_to(next_ready());
-  if (error.empty()) error = damage();
+  if (error.empty() && !damage().empty()) error = ": " + damage();
   if (error.empty()) return;
   const uint3 index = block.index;
 #if defined(__SANITIZE_ADDRESS__)
@@ -246,8 +246,9 @@ void read_environment() {
 
 }  // namespace
 
-// xorshift64*, after a step that spreads small seeds
-uint64_t random_number() {
+bool random_order() { return shuffled; }
+
+uint64_t random_number() {  // splitmix64
   random_state += 0x9E3779B97F4A7C15u;
   uint64_t x = random_state;
   x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;

@@ -74,7 +74,10 @@ void check(Cell& cell, const char* what, Access kind, Place place) {
     fail(both(what, kind, place, cell.atomic ? "an atomic operation" : "the write", cell.write));
   }
   if (kind == Access::kRead) {
-    if (!written) fail(std::string("read of uninitialised ") + what + " memory at " + text(place));
+    if (!written) {
+      fail(std::string("read of uninitialised ") + what + " memory at " + text(place) +
+           " (or of what another thread writes later, without a barrier in between)");
+    }
     add(cell.read, place);
     return;
   }

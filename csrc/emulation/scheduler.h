@@ -58,6 +58,7 @@ extern Block block;
 
 [[noreturn]] void fail(const std::string& why);  // ends the launch with an exception
 std::string text(Site site);
+bool random_order();  // threads, warps and blocks run in one
 uint64_t random_number();
 
 // --- what waits

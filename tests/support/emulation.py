@@ -63,10 +63,16 @@ def _tool(name: str) -> str | None:
     return None
 
 
+_failed: list[str] = []  # what went wrong with the build: every test fails at once, instead of trying it again
+
+
 def _run(*command: str) -> None:
+    if _failed:
+        raise RuntimeError(_failed[0])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": ""})
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-6000:]}")
+        _failed.append(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-6000:]}")
+        raise RuntimeError(_failed[0])
 
 
 @cache

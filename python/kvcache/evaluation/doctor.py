@@ -53,21 +53,22 @@ def facts() -> Iterator[tuple[str, str]]:
 # -- checks: each returns a line for people or raises ----------------------------------------------------------------
 
 
-def _registry() -> str:
-    """Every op of ``kvcache.ops`` is registered with torch, with a kernel for the CPU."""
+def _registry(device: str) -> str:
+    """Every op of ``kvcache.ops`` is registered with torch, with a kernel for the device."""
+    key = device.upper()
     for name in ops.OPS:
         if not hasattr(torch.ops.kvcache, name):
             raise RuntimeError(f"torch does not know kvcache::{name}")
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kvcache::{name}", "CPU"):
-            raise RuntimeError(f"kvcache::{name} has no CPU kernel")
-    return f"{len(ops.OPS)} ops registered with torch, each with a CPU kernel"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"kvcache::{name}", key):
+            raise RuntimeError(f"kvcache::{name} has no {key} kernel")
+    return f"{len(ops.OPS)} ops registered with torch, each with a {key} kernel"
 
 
-def _case(dtype: torch.dtype) -> dict[str, Any]:
+def _case(dtype: torch.dtype, device: str) -> dict[str, Any]:
     """A small ragged cache: 2 rows, 2 kv heads, 24 and 17 entries in pages of 8, in shuffled order."""
     torch.manual_seed(0)
     counts = torch.tensor([[24, 17], [9, 24]], dtype=torch.int32)
-    return {
+    case = {
         "q": torch.randn(2, 4, 32).to(dtype),
         "k_pages": torch.randn(12, 8, 32).to(dtype),
         "v_pages": torch.randn(12, 8, 32).to(dtype),
@@ -75,13 +76,14 @@ def _case(dtype: torch.dtype) -> dict[str, Any]:
         "counts": counts,
         "positions": torch.arange(24, dtype=torch.int32).expand(2, 2, -1).contiguous(),
     }
+    return {name: x.to(device) for name, x in case.items()}
 
 
-def _attention() -> str:
+def _attention(device: str) -> str:
     """The native decode attention agrees with the reference in every storage dtype."""
     worst = 0.0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        case = _case(dtype)
+        case = _case(dtype, device)
         outs = []
         for backend in ("native", "reference"):
             with ops.use_backend(backend):
@@ -94,17 +96,17 @@ def _attention() -> str:
     return f"decode attention agrees with the reference (float32: within {worst:.1g})"
 
 
-def _selection() -> str:
+def _selection(device: str) -> str:
     """The native top-k and victim choice agree with the reference."""
-    case = _case(torch.float32)
-    scores = torch.rand(2, 2, 24)
-    first, end = torch.tensor([2, 2], dtype=torch.int32), torch.tensor([20, 6], dtype=torch.int32)
+    case = _case(torch.float32, device)
+    scores = torch.rand(2, 2, 24).to(device)
+    first, end = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([2, 2], [20, 6]))
     wanted = case["counts"] // 2
     found = []
     for backend in ("native", "reference"):
         with ops.use_backend(backend):
             index, counts = ops.topk(scores, case["counts"], case["positions"], wanted, first, end, 24)
-            live = torch.arange(24) < counts[..., None]
+            live = torch.arange(24, device=device) < counts[..., None]
             victims = ops.choose_victims(scores, case["counts"], case["positions"], wanted, first, end)
             found.append((torch.where(live, index, -1), counts, victims))
     if not all(torch.equal(a, b) for a, b in zip(*found)):
@@ -112,7 +114,7 @@ def _selection() -> str:
     return "top-k and victim choice agree with the reference"
 
 
-def _generation() -> str:
+def _generation(device: str) -> str:
     """A wrapped model generates what it generates unwrapped; an eviction policy keeps its budget."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -125,8 +127,8 @@ def _generation() -> str:
         max_position_embeddings=256,
         pad_token_id=0,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
-    prompt = torch.randint(1, 64, (2, 40))
+    model = transformers.LlamaForCausalLM(config).eval().to(device)
+    prompt = torch.randint(1, 64, (2, 40)).to(device)
     asked: dict[str, Any] = {
         "attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False,
     }  # fmt: skip
@@ -141,7 +143,7 @@ def _generation() -> str:
     return "a wrapped tiny Llama generates the same tokens; H2O keeps its budget"
 
 
-CHECKS: tuple[Callable[[], str], ...] = (_registry, _attention, _selection, _generation)
+CHECKS: tuple[Callable[[str], str], ...] = (_registry, _attention, _selection, _generation)
 
 
 def run() -> int:
@@ -151,12 +153,16 @@ def run() -> int:
     for name, value in known:
         print(f"{name:<{width}}  {value}")
     print()
+    devices = ["cpu"]
+    if torch.cuda.is_available() and _C.cuda_info()["compiled"]:
+        devices.append("cuda")
     failed = 0
-    for check in CHECKS:
-        try:
-            print(f"ok      {check()}", flush=True)
-        except Exception as error:  # whatever goes wrong here is what the user wants to read
-            failed += 1
-            print(f"FAILED  {error}")
-    print("\nEverything works." if not failed else f"\n{failed} of {len(CHECKS)} checks failed.")
+    for device in devices:
+        for check in CHECKS:
+            try:
+                print(f"ok      {device}: {check(device)}", flush=True)
+            except Exception as error:  # whatever goes wrong here is what the user wants to read
+                failed += 1
+                print(f"FAILED  {device}: {error}")
+    print("\nEverything works." if not failed else f"\n{failed} of {len(devices) * len(CHECKS)} checks failed.")
     return 1 if failed else 0

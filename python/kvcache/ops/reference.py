@@ -180,7 +180,7 @@ def _visible(
     if index is not None:
         assert index_counts is not None
         listed = torch.zeros(rows, index.shape[1], width + 1, dtype=torch.bool, device=counts.device)
-        valid = torch.arange(index.shape[2], device=index.device) < index_counts[..., None]
+        valid = (torch.arange(index.shape[2], device=index.device) < index_counts[..., None]) & (index < width)
         listed.scatter_(2, torch.where(valid, index, width).long(), True)
         seen = seen & listed[:, :, None, :width]
     return seen
@@ -250,11 +250,14 @@ def decode_attention(
     softcap: float = 0.0,
     statistics_decay: float = 1.0,
     statistics_max: bool = False,
+    index_pages: bool = False,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per row over its ragged entries.
 
     q [R, Hq, Dk]; ``window_start`` [R] int32 hides entries below that position; the other arguments are those of
-    :func:`prefill_attention`. ``statistics`` [R, H, C] float32 is updated in place for every live entry:
+    :func:`prefill_attention`, but with ``index_pages`` the ``index`` lists columns of the table, and every live entry of
+    those pages is read. ``plan`` is a line of :func:`plan_decode`'s result for these or other counts. ``statistics`` [R, H, C] float32 is updated in place for every live entry:
     ``statistics = statistics * statistics_decay + p`` where p is the attention probability reduced over the group
     (mean, or max when ``statistics_max``); entries that are not read have p = 0.
 
@@ -262,6 +265,10 @@ def decode_attention(
     """
     rows, query_heads, _ = q.shape
     heads = counts.shape[1]
+    if index_pages and index is not None and index_counts is not None:
+        size = k_pages.shape[1]
+        index = (index[..., None] * size + torch.arange(size, dtype=torch.int32, device=index.device)).flatten(2)
+        index_counts = index_counts * size
     last = torch.full((rows, 1), torch.iinfo(torch.int32).max, dtype=torch.int32, device=q.device)
     start = None if window_start is None else window_start[:, None]
     out, lse = prefill_attention(

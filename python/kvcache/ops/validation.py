@@ -191,7 +191,7 @@ class _View(_Checker):
             self.plain("mask", mask, torch.bool, dims)
             self.heads_of("mask", mask, [1, self.heads])
 
-    def index(self, index: Tensor | None, index_counts: Tensor | None) -> None:
+    def index(self, index: Tensor | None, index_counts: Tensor | None, pages: bool = False) -> None:
         if (index is None) != (index_counts is None):
             raise self.value_error("index and index_counts need each other")
         if index is None or index_counts is None:
@@ -210,18 +210,21 @@ class _View(_Checker):
             if self.heads
             else self.counts.new_zeros(self.rows, 1)
         )
+        if pages:
+            room = (room + self.page_size - 1) // self.page_size
+        what = "page" if pages else "slot"
         for r in range(index.shape[0]):
             for h in range(index.shape[1]):
                 slots = index[r, h, : int(index_counts[r, h])].tolist()
                 for slot in slots:
                     if not 0 <= slot < int(room[r, h]):
                         raise self.value_error(
-                            f"index of ({r}, {h}) lists slot {slot}, needs a slot below {int(room[r, h])}"
+                            f"index of ({r}, {h}) lists {what} {slot}, needs a {what} below {int(room[r, h])}"
                         )
                 slots.sort()
                 for before, slot in pairwise(slots):
                     if before == slot:
-                        raise self.value_error(f"index of ({r}, {h}) lists slot {slot} twice")
+                        raise self.value_error(f"index of ({r}, {h}) lists {what} {slot} twice")
 
     def attention(
         self,
@@ -402,6 +405,8 @@ def decode_attention(
     softcap: float,
     statistics_decay: float,
     statistics_max: bool,
+    index_pages: bool,
+    plan: Tensor | None,
 ) -> None:
     check = _View("decode_attention")
     check.view(k_pages, v_pages, table)
@@ -409,7 +414,7 @@ def decode_attention(
     check.entries(counts, positions)
     check.query(q, tokens=False)
     check.attention(None, window_start, sinks, bias, None, softcap)
-    check.index(index, index_counts)
+    check.index(index, index_counts, index_pages)
     if statistics is not None:
         check.plain("statistics", statistics, torch.float32, check.per_entry)
     check.live_pages()
