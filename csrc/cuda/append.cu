@@ -146,7 +146,7 @@ __global__ __launch_bounds__(kHeadWarps == 1 ? kThreads : kHeadWarps * 32) void 
     }
     slot += all;
   }
-  // rank() has met everybody since the count was read, there being tokens.
+  if constexpr (kAlone) __syncwarp();  // everybody has read the count; with more warps the barriers of rank() say so
   if (int(threadIdx.x) % 32 == 0 && warp == 0) view.counts[item] = slot;
 }
 
