@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "../core/decode_plan.h"
 #include "../core/page_pool.h"
 #include "../core/split.h"
 #include "../cpu/kernels.h"
@@ -221,6 +222,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_info", &cuda_info, "What this build and this machine know about CUDA; `error` says what is missing.");
   m.def("decode_splits", &kvcache::decode_splits, py::arg("threads"), py::arg("rows"), py::arg("heads"),
         py::arg("max_count"), "Pieces that decode attention cuts each head's entries into (csrc/core/split.h).");
+  m.def(
+      "decode_block",
+      [](int64_t part_bytes, int64_t limit, int32_t most_blocks, int64_t fixed) {
+        const kvcache::DecodeBlock block =
+            kvcache::decode_block(part_bytes, limit, most_blocks, [fixed](int32_t) { return fixed; });
+        return py::make_tuple(block.parts, block.stages, block.blocks);
+      },
+      py::arg("part_bytes"), py::arg("limit"), py::arg("most_blocks"), py::arg("fixed"),
+      "Loading warps, stages of each and blocks on a multiprocessor of decode attention (csrc/core/decode_plan.h).");
   m.def(
       "probe_read",
       [](uintptr_t address, int64_t bytes) {

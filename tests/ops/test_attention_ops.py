@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_case import assert_attention, assert_close, calls, ints, logit_error, options, queries
+from attention_case import assert_attention, assert_close, calls, ints, logit_error, options, queries, statistics_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import bits, make_paged
@@ -61,7 +61,7 @@ def test_decode(backend, data, call):
     error = logit_error(q, case, shared)
     assert_attention(got, want, q, error)
     if mine is not None:
-        assert_close(mine, theirs, error, "statistics")
+        assert_close(mine, theirs, statistics_error(error, case, backend), "statistics")
         assert torch.equal(bits(mine[dead]), bits(theirs[dead]))
     case.assert_equal(before)
 

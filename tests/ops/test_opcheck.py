@@ -81,6 +81,7 @@ def samples():
             ((None, case.counts, case.positions, case.counts // 2, first, end),),
         ],
         "page_bounds": [((case.k_pages, case.table, case.counts, bounds[: len(case.k_pages)].clone()),)],
+        "plan_decode": [((case.counts[None], 1, 40, 3),)],
         "active_rows": [((torch.tensor([True, False, True]),),)],
         "gather_rows": [((q[0, 0], ints([2, -1])),)],
         "scatter_rows": [((q[0, 0].clone(), torch.zeros(2, 8), ints([2, -1])),)],
@@ -99,6 +100,11 @@ def test_opcheck(name):
     torch.manual_seed(0)
     for (args,) in samples()[name]:
         torch.library.opcheck(getattr(torch.ops.kvcache, name).default, args, test_utils=OPCHECKS)
+
+
+def test_opcheck_of_a_plan_whose_size_only_the_device_knows():
+    counts = ints([[[5, 0], [7, 300]]])
+    torch.library.opcheck(torch.ops.kvcache.plan_decode.default, (counts, 1, 400), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("name", ALL_OPS)

@@ -256,10 +256,11 @@ def decode_attention(
     """Attention of one query per row over its ragged entries.
 
     q [R, Hq, Dk]; ``window_start`` [R] int32 hides entries below that position; the other arguments are those of
-    :func:`prefill_attention`, but with ``index_pages`` the ``index`` lists columns of the table, and every live entry of
-    those pages is read. ``plan`` is a line of :func:`plan_decode`'s result for these or other counts. ``statistics`` [R, H, C] float32 is updated in place for every live entry:
+    :func:`prefill_attention`, but with ``index_pages`` the ``index`` lists columns of the table and every live entry
+    of those pages is read. ``statistics`` [R, H, C] float32 is updated in place for every live entry:
     ``statistics = statistics * statistics_decay + p`` where p is the attention probability reduced over the group
-    (mean, or max when ``statistics_max``); entries that are not read have p = 0.
+    (mean, or max when ``statistics_max``); entries that are not read have p = 0. ``plan`` is a line of
+    :func:`plan_decode`'s result, for these or for other counts.
 
     Returns ``out`` [R, Hq, Dv] in q's dtype and ``lse`` [R, Hq] float32 (sinks included).
     """
@@ -276,7 +277,7 @@ def decode_attention(
         scale, softcap,
     )  # fmt: skip
     if statistics is not None:
-        width = int(counts.max())
+        width = int(counts.max()) if counts.numel() else 0
         logits = _scores(q[:, :, None], gather_pages(k_pages, table, counts, width), scale, softcap)
         if bias is not None:
             logits = logits + _per_group(bias, rows, heads, query_heads // heads)[..., None, :width]

@@ -1,0 +1,478 @@
+"""decode_attention in the shapes that matter to the CUDA kernels, and the bugs that such kernels had elsewhere.
+
+test_attention_ops.py has every argument over small storage; here storage is what tensor cores take, long enough to be
+split, and work is shared out by all kinds of plans. The numbers of bugs are those of the list in docs/kernels.md.
+"""
+
+import math
+
+import pytest
+import torch
+from attention_case import assert_attention, assert_close, ints, logit_error, options, statistics_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_case import NAN, bits, make_paged
+from support.backends import examples
+
+from kvcache import ops
+from kvcache.ops import reference
+
+NEG_INF = float("-inf")
+NOTHING = {"window_start": None, "sinks": None, "bias": None, "index": None, "index_counts": None}
+HALF = (torch.bfloat16, torch.float16)
+
+
+def decode(q, case, statistics=None, **changes):
+    call = {**NOTHING, "scale": q.shape[-1] ** -0.5, **changes}
+    return ops.decode_attention(q, *case.args[:5], statistics=statistics, **call)
+
+
+def expect(q, case, statistics=None, **changes):
+    call = {**NOTHING, "scale": q.shape[-1] ** -0.5, **changes}
+    call.pop("plan", None)
+    return reference.decode_attention(q.double(), *case.args[:5], statistics=statistics, **call)
+
+
+def plan(counts, workers, backend, added=0, most=None):
+    """The only layer's line of a plan; for kernels that do without, None."""
+    if backend in ("reference", "cpu"):
+        return None
+    most = int(counts.max()) + added if most is None else most
+    return ops.plan_decode(counts[None].contiguous(), added, most, workers)[0]
+
+
+def full(case, n):
+    """All heads hold n entries: nothing random about the lengths."""
+    case.counts[:] = n
+    return case
+
+
+def storage(rows, heads, n, *, k_dim=128, v_dim=None, page_size=16, dtype=torch.bfloat16, seed=0):
+    """Every head holds exactly n entries."""
+    case = make_paged(
+        rows=rows, heads=heads, page_size=page_size, k_dim=k_dim, v_dim=k_dim if v_dim is None else v_dim, dtype=dtype,
+        max_count=0, room=n, seed=seed,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    k, v = (torch.randn(rows, heads, n, d, generator=g) for d in (case.k_pages.shape[2], case.v_pages.shape[2]))
+    with ops.use_backend("native"):
+        ops.append(*case.args, k, v, torch.arange(n, dtype=torch.int32).repeat(rows, 1))
+    return case
+
+
+def query(case, group, dtype=None, seed=1, size=1.0):
+    rows, heads, _ = case.table.shape
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, heads * group, case.k_pages.shape[2], generator=g) * size
+    return q.to(case.k_pages.dtype if dtype is None else dtype)
+
+
+# --- fuzzing ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def big_calls(draw):
+    """Storage for the tensor cores, mostly; sometimes not quite."""
+    page_size = draw(st.sampled_from((8, 16, 16, 24, 32, 64, 1, 5)))
+    around = [0, 1, page_size - 1, page_size, page_size + 1, 63, 64, 65, 127, 128, 129, 300, 1000, 3000]
+    k_dim = draw(st.sampled_from((64, 128, 128, 256, 80, 96, 192, 16, 112)))
+    v_dim = draw(st.sampled_from((k_dim, k_dim, k_dim, 64, 80, 128, 256, 96, 192)))
+    rows, heads = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    max_count = draw(st.sampled_from(around))
+    case = make_paged(
+        rows=rows, heads=heads, page_size=page_size, k_dim=k_dim, v_dim=v_dim, max_count=max_count,
+        dtype=draw(st.sampled_from((*HALF, *HALF, torch.float32))), room=draw(st.sampled_from((0, 0, 70))),
+        seed=draw(st.integers(0, 2**20)),
+    )  # fmt: skip
+    group = draw(st.sampled_from((*range(1, 17), 1, 2, 4, 8, 17, 24, 33, 71)))
+    return case, group
+
+
+def some_plan(data, case, backend):
+    """A plan for these lengths, for others, for more or fewer blocks; or none."""
+    kind = data.draw(st.sampled_from(("none", "these", "others", "empty", "fuller")), "plan")
+    if kind == "none" or backend in ("reference", "cpu"):
+        return None
+    workers = data.draw(st.sampled_from((1, 2, 3, 7, 24, 100)), "workers")
+    counts, most = case.counts, max(case.positions.shape[2], 1)
+    if kind == "others":
+        counts = torch.randint(0, most + 1, counts.shape, dtype=torch.int32)
+    elif kind == "empty":
+        counts = torch.zeros_like(counts)
+    elif kind == "fuller":
+        counts, most = counts * 3 + 200, 3 * most + 200
+    return plan(counts, workers, backend, most=most)
+
+
+def page_lists(data, case, g):
+    """Lists of pages: `index` and `index_counts`."""
+    rows, heads, width = case.table.shape
+    lines = data.draw(st.sampled_from((1, heads)), "page lists")
+    held = (case.counts + case.page_size - 1) // case.page_size
+    room = held if lines == heads else held.amax(1, keepdim=True)
+    index = torch.full((rows, lines, width + 1), -1, dtype=torch.int32)
+    index_counts = torch.zeros(rows, lines, dtype=torch.int32)
+    for r in range(rows):
+        for h in range(lines):
+            listed = torch.randperm(int(room[r, h]), generator=g)[: data.draw(st.sampled_from((0, 1, 5, 1000)))]
+            index[r, h, : len(listed)] = listed.int()
+            index_counts[r, h] = len(listed)
+    return index, index_counts
+
+
+@given(data=st.data(), call=big_calls())
+@settings(max_examples=examples(150))
+def test_fuzz(backend, data, call):
+    case, group = call
+    rows, heads, capacity = case.positions.shape
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20), "seed"))
+    shared = options(data, case, heads * group, g)
+    if data.draw(st.booleans(), "pages"):
+        shared["index"], shared["index_counts"] = page_lists(data, case, g)
+        shared["index_pages"] = True
+    q = query(case, group, size=data.draw(st.sampled_from((1.0, 30.0)), "size"))
+    how = data.draw(st.sampled_from(("plain", "plain", "aligned strides", "odd strides", "float32")), "q")
+    if how == "float32":
+        q = q.float()
+    elif how != "plain":
+        pad = 8 if how == "aligned strides" else 3
+        wide = torch.full((q.shape[1] + 1, rows + 2, q.shape[2] + pad), NAN, dtype=q.dtype)
+        view = wide[1:, 2:, pad:].permute(1, 0, 2)
+        view.copy_(q)
+        q = view
+    shared["window_start"] = None
+    if data.draw(st.booleans(), "window"):
+        shared["window_start"] = torch.randint(0, 2 * capacity + 2, (rows,), generator=g, dtype=torch.int32)
+    mine = theirs = None
+    if data.draw(st.booleans(), "statistics"):
+        mine = torch.randn(rows, heads, capacity, generator=g)
+        dead = torch.arange(capacity) >= case.counts[..., None]
+        mine[dead] = NAN
+        theirs = mine.clone()
+        shared["statistics_decay"] = data.draw(st.sampled_from((1.0, 0.5, 0.0)), "decay")
+        shared["statistics_max"] = data.draw(st.booleans(), "max")
+    before = case.clone()
+    got = decode(q, case, mine, plan=some_plan(data, case, backend), **shared)
+    want = expect(q, case, theirs, **shared)
+    error = logit_error(q, case, shared)
+    assert_attention(got, want, q, error)
+    if mine is not None:
+        assert_close(mine, theirs, statistics_error(error, case, backend), "statistics")
+        assert torch.equal(bits(mine[dead]), bits(theirs[dead]))
+    case.assert_equal(before)
+
+
+# --- exactness --------------------------------------------------------------------------------------------------------
+
+
+def torch_run(q, case, scale):
+    """What the same dtype gives in torch: (out, probabilities [R, Hq, n])."""
+    rows, heads, _ = case.table.shape
+    n = int(case.counts[0, 0])
+    k, v = (reference.gather_pages(x, case.table, case.counts, n) for x in (case.k_pages, case.v_pages))
+    k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
+    p = ((q[:, :, None] @ k.transpose(-1, -2)) * scale).softmax(-1)
+    return (p @ v)[:, :, 0], p[:, :, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize(("dim", "group", "n"), [(64, 8, 700), (128, 4, 2000), (128, 1, 500), (256, 2, 300)])
+def test_error_is_that_of_torch(backend, dtype, dim, group, n):
+    """Errors against float64 are at most twice those of torch in the same dtype: out and statistics."""
+    case = storage(2, 2, n, k_dim=dim, dtype=dtype, seed=dim + group)
+    q = query(case, group, size=2.0)
+    mine, exact = torch.zeros(case.positions.shape), torch.zeros(case.positions.shape)
+    got, _ = decode(q, case, mine, plan=plan(case.counts, 5, backend))
+    want, _ = expect(q, case, exact)
+    out, p = torch_run(q, case, dim**-0.5)
+    p = p.view(2, 2, group, n).mean(2)  # in the storage's dtype, as it is all along
+    floor = 1e-7  # of float32 sums
+    assert (got.double() - want).abs().max() <= 2 * (out.double() - want).abs().max() + floor
+    exact = exact[..., :n].double()
+    relative = (mine[..., :n].double() / exact - 1).abs().max()
+    assert relative <= 2 * (p.double() / exact - 1).abs().max() + 2e-6
+
+
+def test_small_probabilities_are_kept(backend):
+    """One entry takes nearly all; the others' statistics are exact to their own size, not to that one's."""
+    case = storage(1, 1, 400, k_dim=64, dtype=torch.float16)
+    q = query(case, 4)
+    page, slot = int(case.table[0, 0, 37 // 16]), 37 % 16
+    case.k_pages[page, slot] = q[0].float().mean(0).half() * 5
+    mine, exact = torch.zeros(case.positions.shape), torch.zeros(case.positions.shape)
+    decode(q, case, mine)
+    expect(q, case, exact)
+    assert exact.max() > 0.5
+    assert exact[..., :400].min() < 1e-5
+    torch.testing.assert_close(mine[..., :400], exact[..., :400], rtol=2.0**-11, atol=0)
+
+
+def test_statistics_over_many_steps(backend):
+    """What 40 steps add up to: rounding does not pile up."""
+    case = storage(1, 2, 300, k_dim=64)
+    mine, exact = torch.zeros(case.positions.shape), torch.zeros(case.positions.shape)
+    for step in range(40):
+        q = query(case, 8, seed=step)
+        decode(q, case, mine, statistics_decay=0.99)
+        expect(q, case, exact, statistics_decay=0.99)
+    torch.testing.assert_close(mine, exact, rtol=2e-4, atol=1e-6)
+
+
+# --- every kernel -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("k_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("v_dim", [64, 80, 96, 128, 192, 256])
+def test_head_sizes(backend, dtype, k_dim, v_dim):
+    case = storage(1, 2, 150, k_dim=k_dim, v_dim=v_dim, dtype=dtype)
+    q = query(case, 5)
+    got = decode(q, case, plan=plan(case.counts, 3, backend))
+    assert_attention(got, expect(q, case), q, logit_error(q, case, {"scale": k_dim**-0.5}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 256, 72])
+@pytest.mark.parametrize("group", [1, 2, 7, 8, 9, 16, 17, 40, 64, 65, 71, 130])
+def test_groups(backend, dtype, dim, group):
+    """Heads of a group in one tile, in several, divided among the warps, in several passes."""
+    case = storage(1, 2, 130, k_dim=dim, dtype=dtype)
+    q = query(case, group)
+    mine, theirs = (torch.zeros(case.positions.shape) for _ in range(2))
+    call = {"sinks": torch.randn(2 * group), "plan": plan(case.counts, 3, backend)}
+    got, want = decode(q, case, mine, **call), expect(q, case, theirs, **call)
+    assert_attention(got, want, q, logit_error(q, case, {"scale": dim**-0.5}))
+    assert_close(mine, theirs, statistics_error(2e-5, case, backend), "statistics")
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 8, 16, 24, 32, 40, 64, 100])
+def test_page_sizes(backend, page_size):
+    case = storage(2, 2, 203, page_size=page_size)
+    q = query(case, 4)
+    got = decode(q, case, plan=plan(case.counts, 5, backend))
+    assert_attention(got, expect(q, case), q, 2e-5)
+    pages = -(-203 // page_size)
+    call = {"index": torch.randperm(pages)[: pages // 2 + 1].int().expand(2, 1, -1).contiguous(), "index_pages": True}
+    call["index_counts"] = torch.full((2, 1), pages // 2 + 1, dtype=torch.int32)
+    got, want = decode(q, case, **call), expect(q, case, **call)
+    assert_attention(got, want, q, 2e-5)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("kilobytes", [48, 99, 163, 227])
+@pytest.mark.parametrize(("dim", "group", "dtype"), [(128, 8, HALF[0]), (256, 4, HALF[1]), (256, 20, torch.float32)])
+def test_devices_with_less_shared_memory(monkeypatch, kilobytes, dim, group, dtype):
+    from support.backends import use
+
+    monkeypatch.setenv("KVCACHE_EMULATED_SHARED", str(kilobytes * 1024))
+    case = storage(1, 2, 170, k_dim=dim, dtype=dtype)
+    q = query(case, group)
+    with use("emulated"):
+        if kilobytes == 48 and dtype == torch.float32:  # no device has as little
+            with pytest.raises(RuntimeError, match="decode_attention"):
+                decode(q, case)
+            return
+        got = decode(q, case)
+    assert_attention(got, expect(q, case), q, 2e-5)
+
+
+# --- the bugs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_bug_1_offsets_beyond_32_bits(backend, group):
+    """A pool of more than 2^31 elements, of which only the last pages are ever touched."""
+    pages = 2**31 // (16 * 128) + 4
+    try:
+        pool = [torch.empty(pages, 16, 128, dtype=torch.bfloat16) for _ in range(2)]
+    except RuntimeError:
+        pytest.skip("no address space for the pool")
+    small = storage(1, 2, 30)
+    high = small.clone()
+    high.k_pages, high.v_pages = pool
+    high.table = ints([[[pages - 1, pages - 3], [pages - 4, pages - 2]]])
+    for old, new in zip(small.table.flatten().tolist(), high.table.flatten().tolist()):
+        high.k_pages[new], high.v_pages[new] = small.k_pages[old], small.v_pages[old]
+    q = query(small, group)
+    for mine, theirs in zip(decode(q, high), decode(q, small)):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 63, 65, 200])
+@pytest.mark.parametrize("group", [1, 4])
+def test_bug_2_nan_behind_the_last_entry(backend, n, group):
+    """Everything that no entry occupies is NaN: the rest of the last page, other pages, dead slots' positions."""
+    case = make_paged(rows=1, heads=2, page_size=16, k_dim=64, v_dim=64, dtype=torch.bfloat16, max_count=0, room=n)
+    assert case.k_pages.isnan().all()
+    with ops.use_backend("native"):
+        ops.append(*case.args, *torch.randn(2, 1, 2, n, 64), torch.arange(n, dtype=torch.int32)[None])
+    q = query(case, group)
+    got = decode(q, case, plan=plan(case.counts, 3, backend))
+    assert got[0].isfinite().all()
+    assert_attention(got, expect(q, case), q, 2e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 24])
+@pytest.mark.parametrize("group", [1, 5])
+def test_bug_3_empty_rows_between_full_ones(backend, workers, group):
+    case = storage(4, 2, 150, k_dim=64)
+    case.counts[0, 1] = case.counts[2, 0] = case.counts[2, 1] = case.counts[3, 1] = 0
+    q = query(case, group)
+    mine, theirs = torch.ones(case.positions.shape), torch.ones(case.positions.shape)
+    call = {"sinks": torch.randn(2 * group), "plan": plan(case.counts, workers, backend), "statistics_decay": 0.5}
+    got, want = decode(q, case, mine, **call), expect(q, case, theirs, **call)
+    empty = (case.counts == 0).repeat_interleave(group, 1)
+    assert (got[0][empty] == 0).all()
+    assert (got[1][empty] == NEG_INF).all()
+    assert_attention(got, want, q, 2e-5)
+    assert_close(mine, theirs, statistics_error(2e-5, case, backend), "statistics")
+    for r, h in (~(case.counts == 0)).nonzero().tolist():  # as if alone
+        alone = case.clone()
+        others = torch.ones_like(alone.counts, dtype=torch.bool)
+        others[r, h] = False
+        alone.counts[others] = 0
+        heads = slice(h * group, (h + 1) * group)
+        want = expect(q, alone, **{k: v for k, v in call.items() if k == "sinks"})
+        assert_close(got[0][r, heads], want[0][r, heads], 2e-5 + 2.0**-8, "out")
+
+
+@pytest.mark.parametrize("unused", [-1, 2**31 - 1])
+@pytest.mark.parametrize("group", [1, 4])
+def test_bug_4_table_is_not_read_past_its_end(fast_backend, unused, group):
+    """Tables as wide as needed; what lies behind a head's pages names no page. asan and race builds see every read."""
+    case = make_paged(rows=3, heads=2, page_size=16, k_dim=64, v_dim=64, dtype=torch.bfloat16, max_count=200, seed=5)
+    q = query(case, group)
+    want = expect(q, case)
+    case.table[case.table < 0] = unused
+    got = decode(q, case, plan=plan(case.counts + 100, 7, fast_backend))
+    assert_attention(got, want, q, 2e-5)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_bug_5_strides_of_q(backend, group):
+    """q as projections leave it: heads inside tokens, the key and value projections' output beside it."""
+    case = storage(3, 2, 100, k_dim=64)
+    fused = torch.randn(3, 1, 2 * group + 4, 64).bfloat16()  # q, k and v of one projection
+    q = fused[:, 0, : 2 * group]
+    assert not q.is_contiguous()
+    for mine, theirs in zip(decode(q, case), decode(q.contiguous(), case)):
+        assert torch.equal(mine, theirs)
+    turned = torch.randn(2 * group, 64, 3, 8).bfloat16()[..., 0].permute(2, 0, 1)  # innermost stride is not 1
+    with pytest.raises(ValueError, match=r"\bq\b"):
+        decode(turned, case)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_bug_6_scattered_and_shared_pages(backend, group):
+    case = storage(2, 2, 160, k_dim=64)
+    case.table[1] = case.table[0]  # a beam
+    case.table[:, 1, :5] = case.table[:, 0, :5]  # and heads that share a prefix
+    case.table[0, 0] = case.table[0, 0, torch.randperm(10)]
+    q = query(case, group)
+    assert_attention(decode(q, case), expect(q, case), q, 2e-5)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_bug_11_a_plan_replayed_with_other_counts(backend, group):
+    """As a captured graph replays it: lengths shrink, grow and vanish, pages move; the plan stays, or follows."""
+    case = storage(2, 2, 704, k_dim=64)  # whole pages, so that any order of them will do
+    q = query(case, group)
+    g = torch.Generator().manual_seed(3)
+    line = plan(case.counts // 2, 9, backend)
+    for counts in ([704, 1, 0, 64], [0, 0, 0, 0], [1, 704, 704, 704], [65, 350, 63, 128]):
+        case.counts[:] = ints(counts).view(2, 2)
+        case.table[:] = case.table[:, :, torch.randperm(case.table.shape[2], generator=g)]
+        mine, theirs = torch.zeros(case.positions.shape), torch.zeros(case.positions.shape)
+        for changes in ({}, {"window_start": ints([600, 3])}):
+            got = decode(q, case, mine, plan=line, **changes)
+            assert_attention(got, expect(q, case, theirs, **changes), q, 2e-5)
+            assert_close(mine, theirs, statistics_error(4e-5, case, backend), "statistics")
+
+
+def test_bug_12_more_rows_than_a_grid_dimension(fast_backend, monkeypatch):
+    """65,536 rows and more, on tensor cores; every output was written."""
+    monkeypatch.setenv("KVCACHE_EMULATED_SHARED", str(5 * 1024))  # one warp each: it is emulated sooner
+    rows = 66_000
+    k_pages, v_pages = torch.randn(2, 8, 8, 16).bfloat16()
+    table = (torch.arange(rows, dtype=torch.int32) % 8).view(rows, 1, 1).contiguous()
+    counts = (torch.arange(rows, dtype=torch.int32) % 4).view(rows, 1)
+    positions = torch.arange(8, dtype=torch.int32).repeat(rows, 1, 1)
+    storage = (k_pages, v_pages, table, counts, positions)
+    q = torch.randn(8, 2, 16).bfloat16().repeat(rows // 8, 1, 1)
+    got = ops.decode_attention(q, *storage, statistics=None, **NOTHING, scale=0.25)
+    want = reference.decode_attention(q.float(), *storage, statistics=None, **NOTHING, scale=0.25)
+    assert_attention(got, want, q, 2e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5, 24, 200])
+@pytest.mark.parametrize("group", [1, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bug_13_forced_splits(backend, workers, group, dtype):
+    """Several rows, odd groups, from one block for all to one for every other unit; log-sum-exps too."""
+    case = storage(3, 2, 640, k_dim=64, dtype=dtype)
+    case.counts[1, 1] = 0
+    case.counts[0, 0] = 33
+    q = query(case, group)
+    call = {"sinks": torch.randn(2 * group), "plan": plan(case.counts, workers, backend)}
+    got = decode(q, case, **call)
+    assert_attention(got, expect(q, case, **call), q, 2e-5)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_bug_14_replays_are_equal_bit_for_bit(backend, group):
+    """Also under the shuffled build, where every run has another order of threads, warps and blocks."""
+    case = make_paged(rows=2, heads=2, page_size=16, k_dim=128, v_dim=128, dtype=torch.bfloat16, max_count=500, seed=9)
+    q = query(case, group)
+    line = plan(case.counts, 9, backend)
+    first = None
+    for _ in range(25):
+        statistics = torch.zeros(case.positions.shape)
+        now = (*decode(q, case, statistics, plan=line), statistics)
+        first = first or now
+        for a, b in zip(now, first):
+            assert torch.equal(a, b)
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_listed_slots_that_a_head_lacks_are_ignored(backend, group):
+    """One list for heads of different lengths."""
+    case = storage(1, 2, 90, k_dim=64)
+    case.counts[0] = ints([90, 20])
+    call = {"index": ints([[[85, 3, 19, 40, 20]]]), "index_counts": ints([[5]])}
+    q = query(case, group)
+    mine, theirs = torch.ones(case.positions.shape), torch.ones(case.positions.shape)
+    got, want = decode(q, case, mine, **call), expect(q, case, theirs, **call)
+    assert_attention(got, want, q, 2e-5)
+    assert_close(mine, theirs, statistics_error(2e-5, case, backend), "statistics")
+
+
+def test_listed_pages_are_their_slots(backend):
+    case = storage(2, 2, 300, k_dim=64)
+    case.counts[0, 0] = 37
+    q = query(case, 4)
+    pages = ints([[[2, 0], [18, 7]], [[3, 1], [0, 18]]])
+    slots = (pages[..., None] * 16 + torch.arange(16, dtype=torch.int32)).flatten(2)
+    n = (torch.minimum(slots + 1, case.counts[..., None]) == slots + 1).sum(-1).int()
+    slots = torch.stack(
+        [torch.cat([x[x < c], x[x >= c] * 0 - 1]) for x, c in zip(slots.flatten(0, 1), case.counts.flatten())]
+    ).view(slots.shape)
+    by_pages = decode(q, case, index=pages, index_counts=torch.full((2, 2), 2, dtype=torch.int32), index_pages=True)
+    by_slots = decode(q, case, index=slots, index_counts=n)
+    for a, b in zip(by_pages, by_slots):
+        torch.testing.assert_close(a, b, rtol=2.0**-7, atol=2.0**-7)
+
+
+def test_uniform_attention_by_hand(backend):
+    """A zero query weighs all entries equally: the mean of the values, and statistics of one over their number."""
+    case = storage(1, 1, 100, k_dim=64)
+    case.v_pages.fill_(2.0)
+    q = torch.zeros(1, 4, 64).bfloat16()
+    statistics = torch.full(case.positions.shape, 8.0)
+    out, lse = decode(q, case, statistics, plan=plan(case.counts, 2, backend), statistics_decay=0.25)
+    assert (out == 2.0).all()
+    torch.testing.assert_close(lse, torch.full((1, 4), math.log(100)))
+    torch.testing.assert_close(statistics[..., :100], torch.full((1, 1, 100), 2.01), rtol=1e-5, atol=0)
+    assert (statistics[..., 100:] == 8.0).all()
