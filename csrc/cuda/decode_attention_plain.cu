@@ -58,6 +58,7 @@ class PlainCore {
         lanes_(1),
         heads_(0) {
     while (lanes_ < v_pieces_ && lanes_ < 32) lanes_ *= 2;
+    for (int i = lane; i < kPart * kOfWarp; i += 32) weights_[i] = 0.0f;  // those of heads that do not exist are read
   }
 
   __device__ __forceinline__ void copy(const DecodeLaunch& d, unsigned char* part, int64_t row,
