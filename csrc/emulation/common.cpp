@@ -1,9 +1,11 @@
 // What the other files share: messages, checks of addresses, the random order.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
 #include "collectives.h"
 #include "memory.h"
+#include "places.h"
 
 namespace kvcache::emulation {
 
@@ -50,7 +52,23 @@ uint64_t random_number() {  // splitmix64
   return x ^ x >> 31;
 }
 
+namespace {
+std::vector<const void*> launched;  // kernels
+}
+
+void note_launch(const void* kernel) {
+  if (std::find(launched.begin(), launched.end(), kernel) == launched.end()) launched.push_back(kernel);
+}
+
 }  // namespace kvcache::emulation
+
+// The kernels that ran so far, one a line, for tests that demand all of them.
+extern "C" __attribute__((visibility("default"))) const char* kvcache_emulated_launched() {
+  static std::string names;
+  names.clear();
+  for (const std::string& name : kvcache::emulation::function_names(kvcache::emulation::launched)) names += name + "\n";
+  return names.c_str();
+}
 
 extern "C" __attribute__((visibility("default"))) void kvcache_emulated_shuffle(int on, uint64_t seed) {
   kvcache::emulation::random_order = on != 0;

@@ -8,6 +8,7 @@
 
 #include "context.h"
 #include "memory.h"
+#include "places.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -49,7 +50,7 @@ Context main_context;
 unsigned grid_limit = 65535;  // of y and z
 
 std::string error;
-const char* kernel_name;
+const void* the_kernel;
 void (*kernel_body)(void*);
 void* kernel_arguments;
 std::mutex launching;
@@ -232,8 +233,9 @@ void run_block() {
   const Range stacks = all_stacks();  // the abandoned frames' red zones
   ASAN_UNPOISON_MEMORY_REGION(stacks.begin, size_t(stacks.end - stacks.begin));
 #endif
-  throw std::runtime_error("emulated kernel " + std::string(kernel_name) + ", block (" + std::to_string(index.x) +
-                           ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")" + error);
+  throw std::runtime_error("emulated kernel " + function_names({the_kernel})[0] + ", block (" +
+                           std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+                           ")" + error);
 }
 
 }  // namespace
@@ -346,7 +348,7 @@ void sync_warp(unsigned mask, Site site) {
   });
 }
 
-int run(const char* name, void (*body)(void*), void* arguments, size_t arguments_bytes, dim3 grid, dim3 size,
+int run(const void* kernel, void (*body)(void*), void* arguments, size_t arguments_bytes, dim3 grid, dim3 size,
         size_t shared_bytes) {
   constexpr int kInvalidValue = 1, kInvalidConfiguration = 9;  // cudaErrorInvalid...
   const uint64_t n = uint64_t(size.x) * size.y * size.z;
@@ -356,7 +358,8 @@ int run(const char* name, void (*body)(void*), void* arguments, size_t arguments
     return kInvalidConfiguration;
   }
   std::lock_guard<std::mutex> lock(launching);
-  kernel_name = name;
+  note_launch(kernel);
+  the_kernel = kernel;
   kernel_body = body;
   kernel_arguments = arguments;
   block = {{0, 0, 0}, grid, size, unsigned(n), open_shared(shared_bytes), shared_bytes};

@@ -139,19 +139,20 @@ struct Extent {
   Extent(I n) : size(n > 0 && static_cast<uint64_t>(n) <= 0x7fffffffu ? static_cast<unsigned>(n) : 0u) {}
 };
 
-int run(const char* name, void (*body)(void*), void* arguments, size_t arguments_bytes, dim3 grid, dim3 size,
+void note_launch(const void* kernel);
+int run(const void* kernel, void (*body)(void*), void* arguments, size_t arguments_bytes, dim3 grid, dim3 size,
         size_t shared_bytes);
 
 template <class... P, class... A>
-int launch(const char* name, void (*kernel)(P...), Extent grid, Extent size, size_t shared_bytes, void*,
-           A&&... arguments) {
+int launch(void (*kernel)(P...), Extent grid, Extent size, size_t shared_bytes, void*, A&&... arguments) {
   static_assert(sizeof...(P) == sizeof...(A), "the kernel takes another number of arguments");
   struct Call {
     void (*kernel)(P...);
     std::tuple<std::decay_t<P>...> arguments;
     static void body(void* call) { std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->arguments); }
   } call{kernel, {static_cast<P>(arguments)...}};
-  return run(name, &Call::body, &call, sizeof call, grid.size, size.size, shared_bytes);
+  return run(reinterpret_cast<const void*>(kernel), &Call::body, &call, sizeof call, grid.size, size.size,
+             shared_bytes);
 }
 
 }  // namespace kvcache::emulation

@@ -7,6 +7,7 @@ run in a random order; ``KVCACHE_EMULATION_SEED`` is the seed), ``race`` (every 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import importlib.util
@@ -117,6 +118,9 @@ def register() -> None:
     kvcache.ops.fake.register("kvcache_emulated")
     namespace = torch.ops.kvcache_emulated
     kvcache.ops.register_backend("emulated", Narrowed(loaded) if chosen() == "race" else namespace)
+    if folder := os.environ.get("KVCACHE_EMULATION_LAUNCHED"):
+        loaded.kvcache_emulated_launched.restype = ctypes.c_char_p
+        atexit.register(lambda: Path(folder, str(os.getpid())).write_bytes(loaded.kvcache_emulated_launched()))
 
 
 #: Ops that leave the entries where they are: they may follow the table no further than the counts say.
