@@ -80,6 +80,7 @@ Prepared prepare(const AttentionParams& p, int multiprocessors) {
   const PagedView& view = p.view;
   d.p = p;
   d.group = p.query_heads / view.heads;
+  d.scale_in_cap = p.softcap > 0.0f ? p.scale / p.softcap : 0.0f;
   d.page_size = Divisor::of(view.page_size);
   d.aligned_q = aligned(p.q.data, 16) && p.q.stride[0] % 8 == 0 && p.q.stride[1] % 8 == 0;
   const int64_t element = view.dtype == DType::kFloat32 ? 4 : 2;

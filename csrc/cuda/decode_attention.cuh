@@ -22,6 +22,7 @@ struct DecodeLaunch {
   int32_t group;          // query heads of a kv head
   int32_t parts, stages;  // of a block's shared memory
   Divisor page_size;
+  float scale_in_cap;  // scale / softcap
   float2*
       partial_state;  // [2 * workers, group] largest logit (base 2), sum of weights; the sum is -1 if no entry was seen
   float* partial_out;  // [2 * workers, group, v_dim] weighted sums
@@ -79,7 +80,7 @@ __device__ __forceinline__ HeadEnd end_head(const AttentionParams& p, int query_
 __device__ __forceinline__ float finish_logit(const DecodeLaunch& d, int row, int head, int in_group, int slot,
                                               float x) {
   const AttentionParams& p = d.p;
-  if (p.softcap > 0.0f) x = tanhf(x * (p.scale / p.softcap)) * (p.softcap * kLog2E);
+  if (p.softcap > 0.0f) x = tanhf(x * d.scale_in_cap) * (p.softcap * kLog2E);
   else x *= p.scale * kLog2E;
   if (p.bias && in_group < d.group) {
     const int query_head = head * d.group + in_group;

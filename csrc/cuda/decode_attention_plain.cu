@@ -58,6 +58,7 @@ class PlainCore {
         lanes_(1),
         heads_(0) {
     while (lanes_ < v_pieces_ && lanes_ < 32) lanes_ *= 2;
+    for (int i = lane; i < kPart * kOfWarp; i += 32) weights_[i] = 0.0f;  // those of heads that do not exist are read
   }
 
   __device__ __forceinline__ void copy(const DecodeLaunch& d, unsigned char* part, int64_t row,
@@ -196,8 +197,8 @@ class PlainCore {
   __device__ __forceinline__ void copy_as(const DecodeLaunch& d, unsigned char* part, int64_t row,
                                           uint32_t visible) const {
     char* to = reinterpret_cast<char*>(part);
-    copy_rows<kGrain, 0>(to, k_stride_, d.p.view.k_pages, d.k_pieces, row, visible, lane_);
-    copy_rows<kGrain, 0>(to + kPart * k_stride_, v_stride_, d.p.view.v_pages, d.v_pieces, row, visible, lane_);
+    copy_rows<kGrain>(to, k_stride_, d.p.view.k_pages, d.k_pieces, row, visible, lane_);
+    copy_rows<kGrain>(to + kPart * k_stride_, v_stride_, d.p.view.v_pages, d.v_pieces, row, visible, lane_);
   }
 
   __device__ __forceinline__ static void store(const DecodeLaunch& d, const DecodeTarget& target, int v, float value) {

@@ -134,14 +134,18 @@ __device__ inline void item_statistics(const DecodeLaunch& d, const DecodeItem& 
 // One block. `shared` is its dynamic shared memory.
 template <class Core>
 __device__ __forceinline__ void decode_worker(const DecodeLaunch& d, unsigned char* shared) {
-  __shared__ DecodeShare share;
+  __shared__ int4 planned[3];  // the plan's head, this worker's share
   wait_for_dependencies();
   launch_dependents();
-  const int worker = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, unit = d.plan->head.unit;
-  if (d.plan->head.items != d.p.view.rows * d.p.view.heads) return;  // somebody else's plan
-  if (threadIdx.x == 0) share = d.plan->shares[worker];
+  const int worker = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x < 3) {
+    const void* from = threadIdx.x == 0 ? static_cast<const void*>(&d.plan->head) : &d.plan->shares[worker];
+    planned[threadIdx.x] = static_cast<const int4*>(from)[threadIdx.x == 2];
+  }
   __syncthreads();
-  if (share.empty()) return;
+  const int items = planned[0].x, unit = planned[0].y;  // DecodePlanHead
+  const DecodeShare& share = *reinterpret_cast<const DecodeShare*>(planned + 1);
+  if (items != d.p.view.rows * d.p.view.heads || share.empty()) return;  // somebody else's plan
 
   const DecodeLayout layout = DecodeLayout::of<Core>(d, d.parts, d.stages);
   const int part_bytes = Core::part_bytes(d), tile = d.parts * kPart;

@@ -46,16 +46,19 @@ class MmaCore {
 
   __device__ MmaCore(const DecodeLaunch& d, unsigned char* work, int warp, int lane)
       : work_(work), warp_(warp), lane_(lane), tiles_(0) {
-    k_stride_ = 2 * k_dim(d) + kPad;
-    v_stride_ = 2 * v_dim(d) + kPad;
+    any_k_stride_ = 2 * k_dim(d) + kPad;
+    any_v_stride_ = 2 * v_dim(d) + kPad;
   }
 
   __device__ __forceinline__ void copy(const DecodeLaunch& d, unsigned char* part, uint32_t row,
                                        uint32_t visible) const {
-    constexpr int kPieces = kExact ? kMax / 8 : 0;
-    char* to = reinterpret_cast<char*>(part);
-    copy_rows<16, kPieces>(to, k_stride_, d.p.view.k_pages, d.k_pieces, row, visible, lane_);
-    copy_rows<16, kPieces>(to + kPart * k_stride_, v_stride_, d.p.view.v_pages, d.v_pieces, row, visible, lane_);
+    char *k = reinterpret_cast<char*>(part), *v = k + kPart * k_stride();
+    if constexpr (kExact) {
+      copy_equal_rows<kMax / 8>(k, v, k_stride(), d.p.view, row, visible, lane_);
+    } else {
+      copy_rows<16>(k, k_stride(), d.p.view.k_pages, d.k_pieces, row, visible, lane_);
+      copy_rows<16>(v, v_stride(), d.p.view.v_pages, d.v_pieces, row, visible, lane_);
+    }
   }
 
   // Called by the whole block. Rows beyond the heads are zeros.
@@ -77,7 +80,7 @@ class MmaCore {
           values = make_uint4(words[0], words[1], words[2], words[3]);
         }
       }
-      *reinterpret_cast<uint4*>(work_ + h * k_stride_ + c * 16) = values;
+      *reinterpret_cast<uint4*>(work_ + h * k_stride() + c * 16) = values;
     }
   }
 
@@ -107,17 +110,19 @@ class MmaCore {
     float logits[kTiles][4];  // keys g, g and g + 8, g + 8; heads 2t, 2t + 1 alternating
     dot(d, part, logits);
     finish_logits(d, at, note, visible, logits);
-    if (d.weights) store_weights(d, at, place, logits);
+    float tops[kTiles][2];
+    find_tops(logits, tops);
+    if (d.weights) store_weights(d, at, place, logits, tops);
     uint32_t weights[kTiles][2];
-    update_softmax(logits, weights);
-    add(d, part + kPart * k_stride_, weights);
+    update_softmax(tops, logits, weights);
+    add(d, part + kPart * k_stride(), weights);
   }
 
   __device__ __forceinline__ void leave_state(const DecodeItem& at, float* peaks, float* masses) {
     const int base = kShared ? 0 : warp_ * kHeads;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      if (n >= tiles_) continue;
+      if (!has(n)) continue;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float mass = mass_[n][j];
@@ -136,7 +141,7 @@ class MmaCore {
     const int base = kShared ? 0 : warp_ * kHeads;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      if (n >= tiles_) continue;  // the same for all warps unless shared
+      if (!has(n)) continue;  // the same for all warps unless shared
       const int h = head_of(n);
       const float factor0 = h < at.heads ? factors[base + h] : 0.0f;
       const float factor1 = h + 1 < at.heads ? factors[base + h + 1] : 0.0f;
@@ -177,15 +182,20 @@ class MmaCore {
  private:
   __device__ __forceinline__ static int k_steps(const DecodeLaunch& d) { return kExact ? kSteps : k_dim(d) / 16; }
   __device__ __forceinline__ static int v_steps(const DecodeLaunch& d) { return kExact ? kSteps : v_dim(d) / 16; }
+  // Bytes of a row in shared memory.
+  __device__ __forceinline__ int k_stride() const { return kExact ? 2 * kMax + kPad : any_k_stride_; }
+  __device__ __forceinline__ int v_stride() const { return kExact ? 2 * kMax + kPad : any_v_stride_; }
+  // Whether the warp has a tile n.
+  __device__ __forceinline__ bool has(int n) const { return (!kShared && n == 0) || n < tiles_; }
   // Tile n of this warp among the pass's tiles of 8 heads, and the lane's first head of it.
   __device__ __forceinline__ int tile_of(int n) const { return kShared ? n * kSharedWarps + warp_ : n; }
   __device__ __forceinline__ int head_of(int n) const { return tile_of(n) * 8 + lane_ % 4 * 2; }
 
   __device__ __forceinline__ void dot(const DecodeLaunch& d, const unsigned char* keys, float (&logits)[kTiles][4]) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) logits[n][0] = logits[n][1] = logits[n][2] = logits[n][3] = 0.0f;
-    const unsigned char* k = keys + (lane_ % 16) * k_stride_ + lane_ / 16 * 16;
-    const unsigned char* q = work_ + (lane_ % 8) * k_stride_ + lane_ / 8 % 2 * 16;
+    constexpr int kChains = kTiles == 1 ? 2 : 1;  // an mma waits for the one before it in its chain
+    float sums[kChains][kTiles][4] = {};
+    const unsigned char* k = keys + (lane_ % 16) * k_stride() + lane_ / 16 * 16;
+    const unsigned char* q = work_ + (lane_ % 8) * k_stride() + lane_ / 8 % 2 * 16;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       if (i >= k_steps(d)) break;
@@ -193,38 +203,44 @@ class MmaCore {
       ldmatrix_x4(key, k + i * 32);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        if (n >= tiles_) break;
+        if (!has(n)) break;
         uint32_t query[2];
-        ldmatrix_x2(query, q + tile_of(n) * 8 * k_stride_ + i * 32);
-        mma_m16n8k16<T>(logits[n], key, query[0], query[1]);
+        ldmatrix_x2(query, q + tile_of(n) * 8 * k_stride() + i * 32);
+        mma_m16n8k16<T>(sums[i % kChains][n], key, query[0], query[1]);
       }
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) logits[n][j] = kChains == 1 ? sums[0][n][j] : sums[0][n][j] + sums[kChains - 1][n][j];
     }
   }
 
   // Scale, softcap and bias; base 2; -inf where hidden.
   __device__ __forceinline__ void finish_logits(const DecodeLaunch& d, const DecodeItem& at, const PartNote& note,
                                                 uint32_t visible, float (&logits)[kTiles][4]) {
+    const bool plain = d.p.softcap == 0.0f && !d.p.bias;
+    const float scale = d.p.scale * kLog2E;
+    const bool shown[2] = {(visible >> lane_ / 4 & 1u) != 0, (visible >> (lane_ / 4 + 8) & 1u) != 0};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int key = lane_ / 4 + j / 2 * 8;
-        if (visible >> key & 1u) {
+        float x = logits[n][j] * scale;
+        if (!plain && shown[j / 2]) {
           const int in_group = at.first_head + head_of(n) + j % 2;
-          logits[n][j] = finish_logit(d, at.row, at.head, in_group, note.slots[key], logits[n][j]);
-        } else {
-          logits[n][j] = -kInfinity;
+          x = finish_logit(d, at.row, at.head, in_group, note.slots[lane_ / 4 + j / 2 * 8], logits[n][j]);
         }
+        logits[n][j] = shown[j / 2] ? x : -kInfinity;
       }
     }
   }
 
-  // Turns logits into the second operand of the other product, and what has been summed so far with them.
-  __device__ __forceinline__ void update_softmax(float (&logits)[kTiles][4], uint32_t (&weights)[kTiles][2]) {
+  // The largest logit of the lane's heads.
+  __device__ __forceinline__ void find_tops(const float (&logits)[kTiles][4], float (&tops)[kTiles][2]) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      if (n >= tiles_) break;
-      float shrink[2];
+      if (!has(n)) break;
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float top = fmaxf(logits[n][j], logits[n][2 + j]);
@@ -232,7 +248,21 @@ class MmaCore {
         for (int distance = 4; distance < 32; distance *= 2) {
           top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, distance));
         }
-        const float peak = fmaxf(peak_[n][j], top), level = peak == -kInfinity ? 0.0f : peak;
+        tops[n][j] = top;
+      }
+    }
+  }
+
+  // Turns logits into the second operand of the other product, and what has been summed so far with them.
+  __device__ __forceinline__ void update_softmax(const float (&tops)[kTiles][2], float (&logits)[kTiles][4],
+                                                 uint32_t (&weights)[kTiles][2]) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      if (!has(n)) break;
+      float shrink[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float peak = fmaxf(peak_[n][j], tops[n][j]), level = peak == -kInfinity ? 0.0f : peak;
         shrink[j] = fast_exp2(peak_[n][j] - level);
         logits[n][j] = fast_exp2(logits[n][j] - level);
         logits[n][2 + j] = fast_exp2(logits[n][2 + j] - level);
@@ -253,7 +283,7 @@ class MmaCore {
 
   __device__ __forceinline__ void add(const DecodeLaunch& d, const unsigned char* values,
                                       const uint32_t (&weights)[kTiles][2]) {
-    const unsigned char* v = values + (lane_ % 8 + lane_ / 16 * 8) * v_stride_ + lane_ / 8 % 2 * 16;
+    const unsigned char* v = values + (lane_ % 8 + lane_ / 16 * 8) * v_stride() + lane_ / 8 % 2 * 16;
 #pragma unroll
     for (int m = 0; m < kSteps; ++m) {
       if (m >= v_steps(d)) break;
@@ -261,7 +291,7 @@ class MmaCore {
       ldmatrix_x4_trans(value, v + m * 32);
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        if (n >= tiles_) break;
+        if (!has(n)) break;
         mma_m16n8k16<T>(sums_[n][m], value, weights[n][0], weights[n][1]);
       }
     }
@@ -275,20 +305,12 @@ class MmaCore {
     static_cast<uint32_t*>(d.weights)[((int64_t(at.item) * d.places + place) * d.weight_heads + in_group) / 2] = pair;
   }
   __device__ __forceinline__ void store_weights(const DecodeLaunch& d, const DecodeItem& at, int place,
-                                                const float (&logits)[kTiles][4]) const {
+                                                const float (&logits)[kTiles][4],
+                                                const float (&tops)[kTiles][2]) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      if (n >= tiles_) break;
-      int power[2];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float top = fmaxf(logits[n][j], logits[n][2 + j]);
-#pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) {
-          top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, distance));
-        }
-        power[j] = weight_power(top);
-      }
+      if (!has(n)) break;
+      const int power[2] = {weight_power(tops[n][0]), weight_power(tops[n][1])};
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int key = lane_ / 4 + i * 8;
@@ -305,7 +327,7 @@ class MmaCore {
 
   unsigned char* work_;
   const int warp_, lane_;
-  int k_stride_, v_stride_;                  // bytes of a row in shared memory
+  int any_k_stride_, any_v_stride_;
   int tiles_;                                // of 8 heads, that this warp has
   bool seen_;                                // an entry
   float peak_[kTiles][2], mass_[kTiles][2];  // mass: of this lane's keys

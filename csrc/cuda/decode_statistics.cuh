@@ -83,8 +83,9 @@ __device__ __forceinline__ void add_statistics_as(const DecodeLaunch& d, int ite
             const uint32_t bits = j ? word[i] >> 16 : word[i] & 0xffffu;
             const uint32_t signs = __ballot_sync(kFullWarp, bits >> 15);
             const int power = static_cast<int16_t>(signs >> (lane & 16) & 0xffffu);
-            chance = to_float(f16{static_cast<uint16_t>(bits & 0x7fffu)}) *
-                     fast_exp2(static_cast<float>(8 * power - kWeightBits) - above);
+            const float weight = to_float(f16{static_cast<uint16_t>(bits & 0x7fffu)});
+            // Without an entry of any weight the power is 0, which may be infinitely more than the log-sum-exp.
+            chance = weight == 0.0f ? 0.0f : weight * fast_exp2(static_cast<float>(8 * power - kWeightBits) - above);
           } else {
             chance = fast_exp2(__uint_as_float(word[i]) - above);
           }

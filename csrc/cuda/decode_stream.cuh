@@ -70,6 +70,8 @@ class EntryStream {
   __device__ __forceinline__ void enter(int begin) {
     const AttentionParams& p = d_.p;
     begin_ = at_ = begin;
+    table_ = p.view.table + int64_t(item_) * p.view.table_width;
+    positions_ = p.view.positions + int64_t(item_) * p.view.capacity;
     window_ = p.window_start ? p.window_start[row_] : INT32_MIN;
     if (item_ < share_.last) {
       const bool same_row = head_ + 1 < p.view.heads;
@@ -111,15 +113,16 @@ class EntryStream {
     const int column = slot_ < 0 ? 0 : d_.page_size.quotient(slot_);
     inside_ = slot_ - column * p.view.page_size;
     const bool there = slot_ >= 0 && column < p.view.table_width;
-    page_ = there ? p.view.table[int64_t(item_) * p.view.table_width + column] : 0;
-    position_ = there && p.window_start ? p.view.positions[int64_t(item_) * p.view.capacity + slot_] : INT32_MAX;
+    page_ = there ? table_[column] : 0;
+    position_ = there && p.window_start ? positions_[slot_] : INT32_MAX;
   }
 
   const DecodeLaunch& d_;
   const DecodeShare& share_;
   const int unit_, worker_, tile_, mine_;  // mine: place of this lane's entry in a tile
   int item_, row_, head_;
-  int begin_, at_, end_;  // places: of the piece, and of the tile to load next
+  const int32_t *table_, *positions_;  // of the item
+  int begin_, at_, end_;               // places: of the piece, and of the tile to load next
   int32_t count_, listed_count_, next_count_, next_listed_count_;
   int32_t window_;
   int32_t listed_ = 0, ahead_ = 0;
@@ -135,28 +138,40 @@ __device__ __forceinline__ void copy_grain(char* to, const char* from, bool full
   else *reinterpret_cast<uint16_t*>(to) = full ? *reinterpret_cast<const uint16_t*>(from) : uint16_t(0);
 }
 
-// Rows of 16 entries to shared memory, `stride` bytes apart, each in `pieces` copies of kGrain bytes. kPieces: the same
-// number if it is known at compile time, or 0. Lane l has the row of entry l % 16.
-template <int kGrain, int kPieces, class Row>
+// Rows of 16 entries to shared memory, `stride` bytes apart, each in `pieces` copies of kGrain bytes. Lane l has the row
+// of entry l % 16.
+template <int kGrain, class Row>
 __device__ __forceinline__ void copy_rows(char* to, int stride, const void* pages, const Divisor& pieces, Row row,
                                           uint32_t visible, int lane) {
+  constexpr int kAtOnce = kGrain == 16 ? 4 : 1;
   const char* from = static_cast<const char*>(pages);
-  const auto copy = [&](int i, int n, int r) {
-    r = min(r, kPart - 1);
-    const int c = i - r * n;
+  const int n = pieces.value;
+#pragma unroll kAtOnce
+  for (int i = lane; i < lane + kPart * n; i += 32) {
+    const int r = min(pieces.quotient(i), kPart - 1), c = i - r * n;
     const Row mine = __shfl_sync(kFullWarp, row, r);
     if (c < n) {
       copy_grain<kGrain>(to + r * stride + c * kGrain, from + uint64_t(mine) * uint32_t(n * kGrain) + c * kGrain,
                          visible >> r & 1);
     }
-  };
-  if constexpr (kPieces > 0) {
+  }
+}
+
+// The same for keys and values of kPieces times 16 bytes each, a power of two.
+template <int kPieces>
+__device__ __forceinline__ void copy_equal_rows(char* k_to, char* v_to, int stride, const PagedView& view, uint32_t row,
+                                                uint32_t visible, int lane) {
+  static_assert(32 % kPieces == 0, "whole rows at a time");
+  constexpr int kRows = 32 / kPieces;
+  const int first = lane / kPieces, inside = lane % kPieces * 16, at = first * stride + inside;
+  const char *k = static_cast<const char*>(view.k_pages) + inside, *v = static_cast<const char*>(view.v_pages) + inside;
+  visible >>= first;
 #pragma unroll
-    for (int i = lane; i < lane + kPart * kPieces; i += 32) copy(i, kPieces, i / kPieces);
-  } else {
-    constexpr int kAtOnce = kGrain == 16 ? 4 : 1;
-#pragma unroll kAtOnce
-    for (int i = lane; i < lane + kPart * pieces.value; i += 32) copy(i, pieces.value, pieces.quotient(i));
+  for (int r = 0; r < kPart; r += kRows) {
+    const uint64_t from = uint64_t(__shfl_sync(kFullWarp, row, first + r)) * (kPieces * 16);
+    const bool full = visible >> r & 1;
+    cp_async_16(k_to + at + r * stride, k + from, full);
+    cp_async_16(v_to + at + r * stride, v + from, full);
   }
 }
 

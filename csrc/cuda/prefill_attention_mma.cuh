@@ -104,28 +104,29 @@ __global__ void __launch_bounds__(C::kThreads)
   }
   const float factor = C::kPlain ? p.scale * kLog2E : 1.0f;
 
-  const int ahead = max(1, tiles.stages - 1);  // tiles that are under way while one is worked on
+  // One loop for the filling of the ring (step < 0) too: the code of a look-up and a copy is long. Where there is room for a
+  // single tile, it is copied in the step that needs it.
+  const int ahead = tiles.stages - 1;  // tiles that are under way while one is worked on
   int under_way = 0, stage = 0, next_stage = 0;
-  look_up();
-  for (; under_way < ahead && tile >= 0; ++under_way) {
-    copy(next_stage);
-    next_stage = next_stage + 1 == tiles.stages ? 0 : next_stage + 1;
-    look_up();
-  }
-  for (int i = under_way; i < ahead; ++i) cp_async_commit();
-  while (under_way > 0) {
-    if (ahead == 2) cp_async_wait<1>();
-    else cp_async_wait<0>();
-    __syncthreads();                       // this tile is there for all, and the one before is done with
-    const bool alone = tiles.stages == 1;  // no room to copy ahead
-    if (!alone) {
-      under_way += (tile >= 0) - 1;
-      copy(next_stage);
-      if (tile >= 0) {
-        next_stage = next_stage + 1 == tiles.stages ? 0 : next_stage + 1;
-        look_up();
-      }
+  for (int step = -1 - ahead;; ++step) {
+    if (step >= 0) {
+      if (under_way == 0 && tile < 0) break;
+      if (ahead == 2) cp_async_wait<1>();
+      else if (ahead == 1) cp_async_wait<0>();
+      __syncthreads();  // this step's tile is there for all, and the one before is done with
     }
+    if (step >= -ahead) copy(next_stage);
+    if (tile >= 0 && step >= -ahead) {
+      ++under_way;
+      next_stage = next_stage + 1 == tiles.stages ? 0 : next_stage + 1;
+    }
+    if (tile >= 0 || step < -ahead) look_up();
+    if (step < 0) continue;
+    if (ahead == 0) {
+      cp_async_wait<0>();
+      __syncthreads();
+    }
+    --under_way;
     const Bounds here = memory.tile[stage];
     if (!facts.warp_reach[warp].hides(here)) {
       float scores[C::kRowTiles][C::kWarpKeys / 8][4];
@@ -137,12 +138,6 @@ __global__ void __launch_bounds__(C::kThreads)
       multiply_values<C>(memory, stage, v_dim, first_key, scores, sums);
     }
     stage = stage + 1 == tiles.stages ? 0 : stage + 1;
-    if (alone) {
-      __syncthreads();
-      under_way = tile >= 0;
-      copy(0);
-      if (tile >= 0) look_up();
-    }
   }
   cp_async_wait<0>();
   launch_dependents();

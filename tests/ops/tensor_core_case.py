@@ -158,11 +158,17 @@ def assert_as_exact_as_torch(
     assert got[0].dtype == q.dtype
     assert got[1].dtype == torch.float32
     real = q.masked_fill((q_positions < 0)[:, None, :, None], 0)
-    assert_close(got[1], want_lse, logit_error(real, case, call | {"scale": abs(call["scale"])}), "lse")
+    of_logits = logit_error(real, case, call | {"scale": abs(call["scale"])})
+    assert_close(got[1], want_lse, of_logits, "lse")
     nothing = (want_lse == NEG_INF).transpose(1, 2)
     assert (got[0][nothing] == 0).all()
-    if not got[0].numel():
+    values = reference.gather_pages(case.v_pages, case.table, case.counts).abs()
+    if not got[0].numel() or not values.numel():
         return
     theirs = (same_dtype(q, case, q_positions, call).double() - want_out).abs().max()
     mine = (got[0].double() - want_out).abs().max()
-    assert mine <= 2 * theirs + 1e-4, f"error {float(mine):.3g}, that of torch in {q.dtype} is {float(theirs):.3g}"
+    # Two largest errors of a few numbers are a matter of luck: there, once the rounding of the largest value on top.
+    luck = torch.finfo(q.dtype).eps / 2 * float(values.max()) if got[0].numel() < 10_000 else 1e-4
+    assert mine <= 2 * theirs + luck + of_logits, (
+        f"error {float(mine):.3g}, that of torch in {q.dtype} is {float(theirs):.3g}"
+    )

@@ -154,10 +154,10 @@ class Narrowed:
             x = given.get(argument)
             if owned is None or not isinstance(x, Tensor) or x.dim() != 3 or not x.is_contiguous():
                 continue
-            size = x.stride(0) * x.element_size()
-            for page in range(x.shape[0]):
-                if page not in owned:
-                    self.library.kvcache_emulated_hide(x.data_ptr() + page * size, size)
+            size, begin = x.stride(0) * x.element_size(), 0
+            for page in [*sorted(p for p in owned if 0 <= p < x.shape[0]), x.shape[0]]:
+                self.library.kvcache_emulated_hide(x.data_ptr() + begin * size, (page - begin) * size)
+                begin = page + 1
 
     @staticmethod
     def _owned(name: str, given: dict) -> set[int] | None:
