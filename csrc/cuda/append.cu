@@ -301,11 +301,11 @@ int append(const AppendParams& p, Stream stream) {
                     vectors_fit(p, p.k, vector) && vectors_fit(p, p.v, vector);
   const int units = (view.k_dim + view.v_dim) / (wide ? vector : 1);
   const int together = std::max(1, kThreads / std::max(1, units));  // heads or tiles of a block
-  const int type = int(view.dtype);
   if (p.tokens == 1) {
     const int64_t blocks = ceil_div(items, together);
     if (blocks > INT32_MAX) return kInvalidConfiguration;
-    return KVCACHE_LAUNCH_DEPENDENT(kOne[type][wide], dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, together);
+    const One append_one_of_type = kOne[int(view.dtype)][wide];
+    return KVCACHE_LAUNCH_DEPENDENT(append_one_of_type, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, together);
   }
   const int tile_slots = p.bounds ? view.page_size : std::min(kTileSlots, view.page_size);
   const int tiles_per_page = int(ceil_div(view.page_size, tile_slots));
@@ -321,10 +321,10 @@ int append(const AppendParams& p, Stream stream) {
                         : KVCACHE_LAUNCH_DEPENDENT(number_tokens<kHeadWarps>, dim3(unsigned(items)),
                                                    dim3(kHeadWarps * 32), kHeadWarps * sizeof(int), stream, p);
   if (error) return error;
-  const Many kernel =
+  const Many append_many_of_type =
       many_tokens(view.dtype, wide, p.bounds != nullptr, p.k.dtype == view.dtype && p.v.dtype == view.dtype);
-  return KVCACHE_LAUNCH_DEPENDENT(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, int(head_tiles),
-                                  together, tile_slots, tiles_per_page);
+  return KVCACHE_LAUNCH_DEPENDENT(append_many_of_type, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p,
+                                  int(head_tiles), together, tile_slots, tiles_per_page);
 }
 
 }  // namespace kvcache::cuda
