@@ -2,8 +2,9 @@
 
     python bench/tables.py [--check]
 
-A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is a key of TABLES, or ``cpu_KERNEL`` for
-``bench/results/cpu_KERNEL.json``. ``--check`` changes nothing and exits with 1 where a table does not agree.
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is a key of TABLES, or ``cpu_KERNEL`` or
+``GPU/KERNEL`` for that JSON in ``bench/results/``. ``--check`` changes nothing and exits with 1 where a table does not
+agree.
 """
 
 from __future__ import annotations
@@ -148,6 +149,18 @@ def kernel(found: dict[str, Any]) -> str:
     return f"{markdown(head, body)}\n\n{machine(found.get('machine', {}))}"
 
 
+def compiled(found: dict[str, Any]) -> str:
+    """What nvcc says of the CUDA kernels, the largest of each family."""
+    head = ["Kernel", "File", "Instances", *(f"sm_{a}" for a in found["archs"]), "Bytes spilled"]
+    body = [
+        [f"`{k['kernel']}`", f"`{k['source']}`", str(k["instances"])]
+        + [str(k["registers"].get(a, "")) for a in found["archs"]]
+        + [str(k["spills"])]
+        for k in found["kernels"]
+    ]
+    return f"{markdown(head, body, left=2)}\n\n*Registers per thread, nvcc {found['nvcc']}.*"
+
+
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
@@ -159,13 +172,14 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "generate": ("generate/report.json", generate),
     "eval-passkey": ("eval/report.json", budgets("passkey")),
     "eval-recall": ("eval/report.json", budgets("recall")),
+    "nvcc": ("nvcc/kernels.json", compiled),
     "eval-text": ("eval/report.json", budgets("text")),
 }
 
 
 def render(name: str) -> str:
     """The table called ``name``, in Markdown."""
-    if name.startswith("cpu_"):
+    if name.startswith("cpu_") or "/" in name:
         file, function = f"{name}.json", kernel
     else:
         file, function = TABLES[name]

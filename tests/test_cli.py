@@ -92,13 +92,13 @@ def test_doctor_needs_no_extras_and_checks_the_installation(monkeypatch, capsys)
 def test_doctor_reports_what_fails(monkeypatch, capsys):
     from kvcache.evaluation import doctor
 
-    def broken():
+    def broken(device):
         raise RuntimeError("top-k counts backwards")
 
     monkeypatch.setattr(doctor, "CHECKS", (broken, *doctor.CHECKS[:1]))
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED  top-k counts backwards" in out
+    assert "FAILED  cpu: top-k counts backwards" in out
     assert "1 of 2 checks failed" in out
 
 

@@ -68,8 +68,7 @@ inline int32_t prefill_general_bytes(int32_t k_dim, int32_t v_dim, int32_t rows,
 
 // Smallest number of pieces that fills the GPU about as well as any: at least 90 % of the best share of its places over all
 // waves. Blocks that fill it anyway are left whole.
-inline int32_t prefill_splits(int64_t blocks, int64_t places, int64_t entries) {
-  const int64_t most = std::min<int64_t>(entries / kEntriesPerPiece, kMostPieces);
+inline int32_t pieces_that_fill(int64_t blocks, int64_t places, int64_t most) {
   if (blocks <= 0 || blocks >= places || most <= 1) return 1;
   auto used = [&](int64_t splits) {
     const int64_t work = blocks * splits;
@@ -116,7 +115,8 @@ inline PrefillTiles prefill_tiles(const AttentionParams& p, int32_t multiprocess
     tiles.shared_bytes = shared(tiles.rows, tiles.keys, tiles.stages);
   }
   tiles.row_tiles = int32_t(ceil_divide(query_rows, tiles.rows));
-  tiles.splits = prefill_splits(items * tiles.row_tiles, places, entries);
+  tiles.splits =
+      pieces_that_fill(items * tiles.row_tiles, places, std::min<int64_t>(entries / kEntriesPerPiece, kMostPieces));
   const int64_t bytes =
       std::max<int64_t>(1, entries * (view.k_dim + view.v_dim) * (view.dtype == DType::kFloat32 ? 4 : 2));
   tiles.section = int32_t(std::max<int64_t>(1, std::min(items, kSectionBytes / bytes)));
@@ -127,6 +127,54 @@ inline PrefillTiles prefill_tiles(const AttentionParams& p, int32_t multiprocess
 inline int64_t prefill_scratch_floats(const AttentionParams& p, const PrefillTiles& tiles) {
   if (tiles.splits <= 1) return 0;
   return int64_t(tiles.splits) * p.view.rows * p.query_heads * p.tokens * (p.view.v_dim + 2);
+}
+
+// --- column sums ------------------------------------------------------------------------------------------------------
+
+struct ColumnTiles {
+  bool tensor_cores;
+  int32_t entries, queries;  // of a block, and of the tiles in which it reads the tokens of one query head
+  int32_t shared_bytes;
+  int32_t entry_tiles;  // per kv head
+  int32_t splits;       // pieces that the queries are cut into, at most
+  int32_t section;      // heads whose blocks are neighbours in the launch
+};
+
+constexpr int32_t kColumnStages = 2;
+
+inline ColumnTiles column_tiles(const ColumnSumsParams& sums, int32_t multiprocessors) {
+  const AttentionParams& p = sums.attention;
+  const PagedView& view = p.view;
+  ColumnTiles tiles{};
+  const int64_t items = int64_t(view.rows) * view.heads;
+  int64_t together = reinterpret_cast<uintptr_t>(p.q.data);
+  for (int64_t stride : p.q.stride) together |= stride * 2;
+  tiles.tensor_cores = uses_tensor_cores(p, false) && together % 16 == 0;
+  if (tiles.tensor_cores) {
+    const int32_t width = round_up_to(view.k_dim, 64);
+    tiles.entries = view.k_dim > 128 ? 64 : 128;
+    tiles.queries = 64;
+    tiles.shared_bytes = 2 * width * (tiles.entries + kColumnStages * tiles.queries) + kPrefillFactsBytes +
+                         tiles.entries * 4 + kColumnStages * (tiles.queries * 12 + 16) + 2 * 32 * 16;
+  } else {
+    tiles.entries = tiles.queries = 32;
+    tiles.shared_bytes =
+        4 * prefill_general_width(view.k_dim) * 64 + kPrefillFactsBytes + 32 * 4 + 32 * 12 + 16 + 2 * 32 * 16;
+  }
+  const int64_t query_tiles = ceil_divide(p.tokens, tiles.queries);
+  tiles.entry_tiles = int32_t(ceil_divide(view.capacity, tiles.entries));
+  tiles.splits =
+      pieces_that_fill(items * tiles.entry_tiles, 2 * multiprocessors, std::min<int64_t>(query_tiles, kMostPieces));
+  const int64_t group = items > 0 ? p.query_heads / view.heads : 1;
+  const int64_t bytes = std::max<int64_t>(1, group * p.tokens * view.k_dim * (p.q.dtype == DType::kFloat32 ? 4 : 2));
+  tiles.section = int32_t(std::max<int64_t>(1, std::min(items, kSectionBytes / bytes)));
+  return tiles;
+}
+
+// One partial sum per piece and entry.
+inline int64_t column_scratch_floats(const ColumnSumsParams& sums, const ColumnTiles& tiles) {
+  const PagedView& view = sums.attention.view;
+  return tiles.splits <= 1 ? 0 : int64_t(tiles.splits) * view.rows * view.heads * view.capacity;
 }
 
 }  // namespace kvcache

@@ -146,7 +146,7 @@ __global__ __launch_bounds__(kHeadWarps == 1 ? kThreads : kHeadWarps * 32) void 
     }
     slot += all;
   }
-  // rank() has met everybody since the count was read, there being tokens.
+  if constexpr (kAlone) __syncwarp();  // everybody has read the count; with more warps the barriers of rank() say so
   if (int(threadIdx.x) % 32 == 0 && warp == 0) view.counts[item] = slot;
 }
 
@@ -179,7 +179,7 @@ __device__ __forceinline__ Tile tile_at(const PagedView& view, int64_t number, i
   return tile;
 }
 
-template <class T, int n, bool kBounds, class From>
+template <class T, int n, bool kBounds, int kBatch, class From>  // kBatch: loads in flight
 __device__ __forceinline__ void copy_tile(const AppendParams& p, const Tile& tile, const Share& share,
                                           const From* source) {
   const int page_size = p.view.page_size, first = tile.begin / page_size * page_size;
@@ -188,10 +188,10 @@ __device__ __forceinline__ void copy_tile(const AppendParams& p, const Tile& til
   T* page = static_cast<T*>(share.pages) + tile.page * page_size * share.dim + share.channel;  // [page_size, dim]
   const bool bounded = kBounds && share.bounds != nullptr;
   T* stored = bounded ? static_cast<T*>(share.bounds) + tile.page * 2 * share.dim + share.channel : nullptr;
-  constexpr int kBatch = kBounds ? 4 : 8;  // loads in flight per thread
   ChannelBounds<T, n> bounds;
   bounds.start();
   if (bounded && positions[first] >= 0) bounds.load(stored, share.dim);
+#pragma unroll 1
   for (int begin = tile.begin; begin < tile.end; begin += kBatch) {
     Pack<T, n> entry[kBatch];
     bool fresh[kBatch];
@@ -211,9 +211,10 @@ __device__ __forceinline__ void copy_tile(const AppendParams& p, const Tile& til
   if (bounded) bounds.store(stored, share.dim);
 }
 
-template <class T, int n, bool kBounds>
-__global__ __launch_bounds__(kThreads, kBounds ? 1 : 5) void append_many(AppendParams p, int head_tiles, int block_tiles, int tile_slots,
-                                                        int tiles_per_page) {
+// kSame: keys and values are given in the pages' type, the usual case; else the type is looked up per thread.
+template <class T, int n, bool kBounds, bool kSame>
+__global__ __launch_bounds__(kThreads, 1) void append_many(AppendParams p, int head_tiles, int block_tiles,
+                                                           int tile_slots, int tiles_per_page) {
   wait_for_dependencies();
   launch_dependents();
   const PagedView& view = p.view;
@@ -223,8 +224,13 @@ __global__ __launch_bounds__(kThreads, kBounds ? 1 : 5) void append_many(AppendP
     const Tile tile = tile_at(view, first + i / units, head_tiles, tile_slots, tiles_per_page);
     if (tile.begin == tile.end) continue;
     const Share share = share_of<n>(p, tile.item, int(i % units));
-    with_type(share.source->data, share.source->dtype,
-              [&](auto* data) { copy_tile<T, n, kBounds>(p, tile, share, data + share.offset); });
+    if constexpr (kSame) {
+      copy_tile<T, n, kBounds, kBounds ? 4 : 8>(p, tile, share,
+                                                static_cast<const T*>(share.source->data) + share.offset);
+    } else {
+      with_type(share.source->data, share.source->dtype,
+                [&](auto* data) { copy_tile<T, n, kBounds, 2>(p, tile, share, data + share.offset); });
+    }
   }
   // The marks are read; positions and columns take their places. A tile is looked up anew by every warp: the marks that
   // tell it must not go before all warps have done so.
@@ -257,14 +263,22 @@ using Many = void (*)(AppendParams, int, int, int, int);
 const One kOne[3][2] = {{append_one<float, 1>, append_one<float, 4>},
                         {append_one<bf16, 1>, append_one<bf16, 8>},
                         {append_one<f16, 1>, append_one<f16, 8>}};
-// ... [with bounds]
-const Many kMany[3][2][2] = {
-    {{append_many<float, 1, false>, append_many<float, 1, true>},
-     {append_many<float, 4, false>, append_many<float, 4, true>}},
-    {{append_many<bf16, 1, false>, append_many<bf16, 1, true>},
-     {append_many<bf16, 8, false>, append_many<bf16, 8, true>}},
-    {{append_many<f16, 1, false>, append_many<f16, 1, true>}, {append_many<f16, 8, false>, append_many<f16, 8, true>}},
+// [with bounds][in the pages' type already]
+template <class T, int n>
+struct ManyTokens {
+  static constexpr Many kKernels[2][2] = {{append_many<T, n, false, false>, append_many<T, n, false, true>},
+                                          {append_many<T, n, true, false>, append_many<T, n, true, true>}};
 };
+Many many_tokens(DType dtype, bool wide, bool bounds, bool same) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return (wide ? ManyTokens<float, 4>::kKernels : ManyTokens<float, 1>::kKernels)[bounds][same];
+    case DType::kBFloat16:
+      return (wide ? ManyTokens<bf16, 8>::kKernels : ManyTokens<bf16, 1>::kKernels)[bounds][same];
+    default:
+      return (wide ? ManyTokens<f16, 8>::kKernels : ManyTokens<f16, 1>::kKernels)[bounds][same];
+  }
+}
 
 // Whether n elements of a given tensor can be loaded at once everywhere. Strides of dimensions of size 1 do not matter.
 bool vectors_fit(const AppendParams& p, const Strided4& given, int n) {
@@ -287,11 +301,11 @@ int append(const AppendParams& p, Stream stream) {
                     vectors_fit(p, p.k, vector) && vectors_fit(p, p.v, vector);
   const int units = (view.k_dim + view.v_dim) / (wide ? vector : 1);
   const int together = std::max(1, kThreads / std::max(1, units));  // heads or tiles of a block
-  const int type = int(view.dtype);
   if (p.tokens == 1) {
     const int64_t blocks = ceil_div(items, together);
     if (blocks > INT32_MAX) return kInvalidConfiguration;
-    return KVCACHE_LAUNCH_DEPENDENT(kOne[type][wide], dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, together);
+    const One append_one_of_type = kOne[int(view.dtype)][wide];
+    return KVCACHE_LAUNCH_DEPENDENT(append_one_of_type, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, together);
   }
   const int tile_slots = p.bounds ? view.page_size : std::min(kTileSlots, view.page_size);
   const int tiles_per_page = int(ceil_div(view.page_size, tile_slots));
@@ -307,8 +321,10 @@ int append(const AppendParams& p, Stream stream) {
                         : KVCACHE_LAUNCH_DEPENDENT(number_tokens<kHeadWarps>, dim3(unsigned(items)),
                                                    dim3(kHeadWarps * 32), kHeadWarps * sizeof(int), stream, p);
   if (error) return error;
-  return KVCACHE_LAUNCH_DEPENDENT(kMany[type][wide][p.bounds != nullptr], dim3(unsigned(blocks)), dim3(kThreads), 0,
-                                  stream, p, int(head_tiles), together, tile_slots, tiles_per_page);
+  const Many append_many_of_type =
+      many_tokens(view.dtype, wide, p.bounds != nullptr, p.k.dtype == view.dtype && p.v.dtype == view.dtype);
+  return KVCACHE_LAUNCH_DEPENDENT(append_many_of_type, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p,
+                                  int(head_tiles), together, tile_slots, tiles_per_page);
 }
 
 }  // namespace kvcache::cuda

@@ -109,8 +109,9 @@ int compact(const CompactParams& p, Stream stream) {
   const int k_strips = int(ceil_div(k_bytes, kStripBytes)), v_strips = int(ceil_div(v_bytes, kStripBytes));
   const int64_t blocks = items * (k_strips + v_strips + 1 + view.n_columns);
   if (blocks > INT32_MAX) return kInvalidConfiguration;
-  return KVCACHE_LAUNCH_DEPENDENT(kKernels[unit_index(unit)], dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p,
-                                  k_strips, v_strips);
+  const Kernel move_strips_of_unit = kKernels[unit_index(unit)];
+  return KVCACHE_LAUNCH_DEPENDENT(move_strips_of_unit, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, k_strips,
+                                  v_strips);
 }
 
 }  // namespace kvcache::cuda

@@ -51,8 +51,9 @@ int copy_pages(const CopyPagesParams& p, Stream stream) {
   const int64_t pieces = ceil_div((k_bytes + v_bytes) / unit, kThreads * kPerThread);
   if (p.n == 0 || pieces == 0) return 0;
   if (pieces > INT32_MAX || p.n * pieces > INT32_MAX) return kInvalidConfiguration;
-  return KVCACHE_LAUNCH_DEPENDENT(kKernels[unit_index(unit)], dim3(unsigned(p.n * pieces)), dim3(kThreads), 0, stream,
-                                  p, k_bytes / unit, v_bytes / unit, int(pieces));
+  const Kernel copy_units_of_page = kKernels[unit_index(unit)];
+  return KVCACHE_LAUNCH_DEPENDENT(copy_units_of_page, dim3(unsigned(p.n * pieces)), dim3(kThreads), 0, stream, p,
+                                  k_bytes / unit, v_bytes / unit, int(pieces));
 }
 
 }  // namespace kvcache::cuda

@@ -61,8 +61,9 @@ int overwrite(const OverwriteParams& p, Stream stream) {
   const int block_heads = std::max(1, kThreads / (units + 1 + view.n_columns));
   const int64_t blocks = ceil_div(items, block_heads);
   if (blocks > INT32_MAX) return kInvalidConfiguration;
-  return KVCACHE_LAUNCH_DEPENDENT(kKernels[unit_index(unit)], dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p,
-                                  block_heads, k_bytes / unit, v_bytes / unit);
+  const Kernel move_last_of_unit = kKernels[unit_index(unit)];
+  return KVCACHE_LAUNCH_DEPENDENT(move_last_of_unit, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, block_heads,
+                                  k_bytes / unit, v_bytes / unit);
 }
 
 }  // namespace kvcache::cuda

@@ -64,7 +64,8 @@ int page_bounds(const PageBoundsParams& p, Stream stream) {
   const int block_pages = std::max(1, kThreads / units);
   const int64_t blocks = ceil_div(pages, block_pages);
   if (blocks > INT32_MAX) return kInvalidConfiguration;
-  return KVCACHE_LAUNCH_DEPENDENT(kKernels[int(view.dtype)][wide], dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p,
+  const Kernel bound_pages_of_type = kKernels[int(view.dtype)][wide];
+  return KVCACHE_LAUNCH_DEPENDENT(bound_pages_of_type, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p,
                                   block_pages);
 }
 

@@ -25,7 +25,7 @@ struct IsOpenPage {
   }
 };
 
-__global__ void __launch_bounds__(kVoteThreads)
+__global__ void __launch_bounds__(kVoteThreads, 4)
     page_vote_kernel(LogitsParams p, bool per_head, uint32_t chunks, IsOpenPage kind, float* scores) {
   vote<1>(p, per_head, chunks, kind, scores);
 }

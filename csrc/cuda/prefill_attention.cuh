@@ -68,22 +68,6 @@ __device__ __forceinline__ int64_t query_offset(const AttentionParams& p, const 
   return block.row * p.q.stride[0] + (int64_t(block.head) * block.group + g) * p.q.stride[1] + token * p.q.stride[2];
 }
 
-__device__ __forceinline__ float load_as_float(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
-  return dtype == DType::kBFloat16 ? to_float(static_cast<const bf16*>(data)[i])
-                                   : to_float(static_cast<const f16*>(data)[i]);
-}
-__device__ __forceinline__ void store_as(void* data, DType dtype, int64_t i, float x) {
-  if (dtype == DType::kFloat32) static_cast<float*>(data)[i] = x;
-  else if (dtype == DType::kBFloat16) static_cast<bf16*>(data)[i] = from_float<bf16>(x);
-  else static_cast<f16*>(data)[i] = from_float<f16>(x);
-}
-
-// The head of an argument [rows, 1 | heads | query_heads, ...] that a query head reads.
-__device__ __forceinline__ int shared_head(int argument_heads, const AttentionParams& p, int head, int query_head) {
-  return argument_heads == 1 ? 0 : argument_heads == p.query_heads ? query_head : head;
-}
-
 // How the sums of a query row become its output: factor, and the row's log-sum-exp. peak and mass are in base 2, peak is
 // -inf when the row has read nothing.
 struct RowEnd {

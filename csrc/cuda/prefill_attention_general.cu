@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) prefill_attention_plain(AttentionPar
 }
 
 template <class T>
-int launch(const AttentionParams& p, const PrefillTiles& tiles, Stream stream) {
+int launch_general(const AttentionParams& p, const PrefillTiles& tiles, Stream stream) {
   return KVCACHE_LAUNCH(prefill_attention_plain<T>, prefill_blocks(p, tiles), kThreads, tiles.shared_bytes, stream, p,
                         tiles);
 }
@@ -221,11 +221,11 @@ int launch(const AttentionParams& p, const PrefillTiles& tiles, Stream stream) {
 int prefill_attention_general(const AttentionParams& p, const PrefillTiles& tiles, Stream stream) {
   switch (p.view.dtype) {
     case DType::kFloat32:
-      return launch<float>(p, tiles, stream);
+      return launch_general<float>(p, tiles, stream);
     case DType::kBFloat16:
-      return launch<bf16>(p, tiles, stream);
+      return launch_general<bf16>(p, tiles, stream);
     default:
-      return launch<f16>(p, tiles, stream);
+      return launch_general<f16>(p, tiles, stream);
   }
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 #include "../core/params.h"
 #include "device.cuh"
-#include "ptx/cp_async.cuh"
 #include "types.cuh"
 
 namespace kvcache::cuda {
@@ -16,6 +15,22 @@ constexpr float kFloor = -1e38f;         // lowest reference that weights are ta
 constexpr int32_t kNowhere = INT32_MAX;  // position of a place without an entry; above what any query sees
 
 __device__ __forceinline__ int warp_min(int x) { return ~warp_max(~x); }
+
+__device__ __forceinline__ float load_as_float(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
+  return dtype == DType::kBFloat16 ? to_float(static_cast<const bf16*>(data)[i])
+                                   : to_float(static_cast<const f16*>(data)[i]);
+}
+__device__ __forceinline__ void store_as(void* data, DType dtype, int64_t i, float x) {
+  if (dtype == DType::kFloat32) static_cast<float*>(data)[i] = x;
+  else if (dtype == DType::kBFloat16) static_cast<bf16*>(data)[i] = from_float<bf16>(x);
+  else static_cast<f16*>(data)[i] = from_float<f16>(x);
+}
+
+// The head of an argument [rows, 1 | heads | query_heads, ...] that a query head reads.
+__device__ __forceinline__ int shared_head(int argument_heads, const AttentionParams& p, int head, int query_head) {
+  return argument_heads == 1 ? 0 : argument_heads == p.query_heads ? query_head : head;
+}
 
 // Smallest and largest position of some entries.
 struct Bounds {
@@ -126,33 +141,5 @@ struct TileScan {
     left = __ballot_sync(kFullWarp, chunk + lane < end && !reach.hides(bounds[parity * kChunk + lane]));
   }
 };
-
-// --- tiles of 16-bit values in shared memory --------------------------------------------------------------------------
-
-// Element 0 of a 16-byte chunk. Rows are whole 128 bytes wide and the chunks within those permuted by the row's number, so
-// that the eight rows that ldmatrix reads at once lie in different banks.
-template <class T>
-__device__ __forceinline__ T* chunk_at(T* tile, int row, int chunk, int width) {
-  return tile + row * width + ((chunk ^ (row & 7)) << 3);
-}
-
-// Copies kRows lines of a pool of [lines, dim] into rows first .. of a tile, one warp together. Lane i < kRows holds the
-// line of row first + i, negative for zeros. Chunks from dim on up to `wide` become zeros.
-template <class T, int kRows>
-__device__ __forceinline__ void copy_lines(const T* pool, int dim, int wide, int64_t line, T* tile, int first,
-                                           int width) {
-  const int lane = threadIdx.x % 32;
-  const int shift = wide <= 64 ? 3 : wide <= 128 ? 4 : 5;  // chunks of a row, as a power of two
-  const int chunk = lane & ((1 << shift) - 1);
-  const int step = 32 >> shift;
-#pragma unroll 4
-  for (int r = lane >> shift; r < kRows; r += step) {
-    const int64_t from = __shfl_sync(kFullWarp, line, r);
-    if (chunk * 8 < wide) {
-      const bool full = from >= 0 && chunk * 8 < dim;
-      cp_async_16(chunk_at(tile, first + r, chunk, width), full ? pool + from * dim + chunk * 8 : pool, full);
-    }
-  }
-}
 
 }  // namespace kvcache::cuda

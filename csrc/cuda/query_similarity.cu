@@ -28,7 +28,7 @@ __device__ __forceinline__ float block_sum(float value, float* shared) {
 // One block per row. Both are brought to length 1 before they are multiplied, as torch does it: the products of long
 // vectors would overflow.
 template <class A, class B>
-__global__ void __launch_bounds__(kThreads) query_similarity_kernel(SimilarityParams p) {
+__global__ void __launch_bounds__(kThreads, 4) query_similarity_kernel(SimilarityParams p) {
   KVCACHE_DYNAMIC_SHARED(float, shared);
   const int64_t row = blockIdx.x;
   const int n = p.query_heads * p.dim;

@@ -74,8 +74,9 @@ int launch_rows(const RowsParams& p, bool gather, Stream stream) {
   while (lanes < kThreads && lanes < row_units) lanes *= 2;
   const int64_t blocks = ceil_div(p.count, kThreads / lanes);
   if (blocks > INT32_MAX) return kInvalidConfiguration;
-  return KVCACHE_LAUNCH_DEPENDENT(kKernels[unit_index(unit)][gather], dim3(unsigned(blocks)), dim3(kThreads), 0, stream,
-                                  p, lanes, row_units);
+  const Kernel move_rows_of_unit = kKernels[unit_index(unit)][gather];
+  return KVCACHE_LAUNCH_DEPENDENT(move_rows_of_unit, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, lanes,
+                                  row_units);
 }
 
 }  // namespace

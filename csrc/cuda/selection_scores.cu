@@ -11,7 +11,7 @@ struct IsCandidate {
 };
 
 template <int kEach>
-__global__ void __launch_bounds__(kVoteThreads)
+__global__ void __launch_bounds__(kVoteThreads, 4)
     selection_vote_kernel(LogitsParams p, bool per_head, uint32_t chunks, float* scores) {
   vote<kEach>(p, per_head, chunks, IsCandidate{}, scores);
 }

@@ -156,17 +156,43 @@ __device__ __forceinline__ void write_parts(const LogitsParams& p, int64_t first
 
 constexpr int kVoteThreads = 256;
 
-// Pass 2: kEach neighbouring places per thread. kind(places, row, head, place, score) says whether a place gets the sum of
-// its votes; otherwise it sets the score. Shared memory: vote_shared() bytes.
+// Of pass 2: what its softmax needs for every voter.
 inline int64_t vote_shared(const LogitsParams& p, bool per_head) {
   return 2 * int64_t{sizeof(float)} * p.group * (per_head ? 1 : p.heads);
 }
 
+// sum += what all voters have for the places at x. x [voters, stride]; levels, factors [voters], when soft
+template <bool kSoft, int kEach>
+__device__ __forceinline__ void add_votes(const float* x, int64_t stride, int voters, const float* levels,
+                                          const float* factors, float (&sum)[kEach]) {
+  constexpr int kBatch = 8;  // loads under way
+  for (int first = 0; first < voters; first += kBatch) {
+    Several<kEach> logit[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int v = first + b < voters ? first + b : voters - 1;
+      logit[b] = *reinterpret_cast<const Several<kEach>*>(x + v * stride);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const bool real = first + b < voters;
+      const float level = kSoft && real ? levels[first + b] : 0, factor = kSoft && real ? factors[first + b] : 0;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const float votes = kSoft ? fast_exp2(logit[b].x[i] - level) * factor : logit[b].x[i];
+        sum[i] += real ? votes : 0;
+      }
+    }
+  }
+}
+
+// Pass 2: kEach neighbouring places per thread. kind(places, row, head, place, score) says whether a place gets the sum of
+// its votes; otherwise it sets the score. Dynamic shared
+// memory: vote_shared() bytes.
 template <int kEach, class Kind>
 __device__ __forceinline__ void vote(const LogitsParams& p, bool per_head, uint32_t chunks, const Kind& kind,
                                      float* scores) {
   KVCACHE_DYNAMIC_SHARED(float, shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t line = blockIdx.x / chunks, heads = per_head ? p.heads : 1;
   const int64_t row = line / heads, head = line % heads, begin = int64_t(blockIdx.x % chunks) * (kEach * kVoteThreads);
   const int voters = per_head ? p.group : p.group * p.heads;
@@ -186,13 +212,18 @@ __device__ __forceinline__ void vote(const LogitsParams& p, bool per_head, uint3
   launch_dependents();
   if (begin < places.n) {
     if (p.soft) {
+      // Eight lanes per head, so that one wait for the memory serves 32 heads.
       const uint32_t used = (uint32_t(places.n) - 1) / uint32_t(p.plan.piece) + 1;
-      for (int v = warp; v < voters; v += kVoteThreads / 32) {
-        const float2* parts = p.parts + (first_line + v) * p.plan.pieces;  // [pieces]
+      for (int first = 0; first < voters; first += kVoteThreads / 8) {
+        const int v = first + threadIdx.x / 8;
         float peak = kNegInf, mass = 0;
-        for (uint32_t i = lane; i < used; i += 32) merge_softmax(peak, mass, parts[i].x, parts[i].y);
-        merge_softmax_lanes(peak, mass);
-        if (lane == 0) {
+        if (v < voters) {
+          const float2* parts = p.parts + (first_line + v) * p.plan.pieces;  // [pieces]
+#pragma unroll 8
+          for (uint32_t i = threadIdx.x % 8; i < used; i += 8) merge_softmax(peak, mass, parts[i].x, parts[i].y);
+        }
+        merge_softmax_lanes<4>(peak, mass);
+        if (v < voters && threadIdx.x % 8 == 0) {
           // Not exp2(x - log-sum-exp): for logits of 1e5 that sum has lost the mass's digits.
           levels[v] = peak == kNegInf ? 0.0f : peak;
           factors[v] = mass == 0 ? 0.0f : 1 / mass;
@@ -203,14 +234,8 @@ __device__ __forceinline__ void vote(const LogitsParams& p, bool per_head, uint3
     if (place < places.n) {
       float sum[kEach] = {};
       const float* x = p.logits + first_line * p.plan.stride + place;  // [voters, stride]
-#pragma unroll 8
-      for (int v = 0; v < voters; ++v, x += p.plan.stride) {
-        const Several<kEach> logit = *reinterpret_cast<const Several<kEach>*>(x);
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          sum[i] += p.soft ? fast_exp2(logit.x[i] - levels[v]) * factors[v] : logit.x[i];
-        }
-      }
+      if (p.soft) add_votes<true>(x, p.plan.stride, voters, levels, factors, sum);
+      else add_votes<false>(x, p.plan.stride, voters, levels, factors, sum);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) result[i] = voted[i] ? sum[i] : result[i];
     }
@@ -230,6 +255,6 @@ __device__ __forceinline__ void vote(const LogitsParams& p, bool per_head, uint3
 }
 
 // Few places are spread over as many blocks as possible.
-inline bool vote_one_each(int64_t lines, int64_t width) { return lines * width <= 128 * 1024; }
+inline bool vote_one_each(int64_t lines, int64_t width) { return lines * width < 64 * 1024; }
 
 }  // namespace kvcache::cuda

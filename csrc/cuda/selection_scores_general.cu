@@ -26,7 +26,7 @@ inline int64_t shared_bytes(int dim) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) logits_general_kernel(LogitsParams p, bool quads) {
+__global__ void __launch_bounds__(kThreads, 3) logits_general_kernel(LogitsParams p, bool quads) {
   KVCACHE_DYNAMIC_SHARED(float, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   wait_for_dependencies();

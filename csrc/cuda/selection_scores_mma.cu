@@ -38,7 +38,7 @@ constexpr int64_t kMostShared = 99 * 1024;
 
 // kFew: a group of at most 8, whose queries stay in registers.
 template <class T, int kDim, bool kFew>
-__global__ void __launch_bounds__(Shape<kDim>::kThreads) logits_mma_kernel(LogitsParams p) {
+__global__ void __launch_bounds__(Shape<kDim>::kThreads, 3) logits_mma_kernel(LogitsParams p) {
   using S = Shape<kDim>;
   constexpr int kSteps = kDim / 16;
   KVCACHE_DYNAMIC_SHARED(char, shared);

@@ -2,21 +2,9 @@
 // half of them land at once, so that one that comes too early overwrites what is still read.
 #include <cstring>
 
-#include "memory.h"
 #include "scheduler.h"
 
 namespace kvcache::emulation {
-
-void check_aligned(const void* pointer, size_t bytes, const char* what, Site site) {
-  if (reinterpret_cast<uintptr_t>(pointer) % bytes) {
-    fail("misaligned: " + std::string(what) + " at " + text(site) + " needs an address that is a multiple of " +
-         std::to_string(bytes));
-  }
-}
-
-bool is_shared(const void* pointer, size_t bytes) {
-  return shared_window().holds(pointer, bytes) || static_shared().holds(pointer, bytes);
-}
 
 namespace {
 void carry_out(const Copy& copy) {
@@ -34,7 +22,7 @@ void copy_issue(void* shared, const void* global, unsigned bytes, bool full, Sit
   if (!is_shared(shared, bytes)) fail("cp_async at " + text(site) + ": the target does not lie in shared memory");
   self->copies.push_back({shared, global, bytes, self->copy_group, full, site});
   if (checks) checks->copy_issued(self->copies.back());
-  if (random_order() && random_number() % 2) carry_out(self->copies.back());
+  if (random_order && random_number() % 2) carry_out(self->copies.back());
 }
 
 void copy_commit() { ++self->copy_group; }

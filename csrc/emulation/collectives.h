@@ -26,19 +26,16 @@ using Promoted = decltype(+T());
 template <class T>
 constexpr bool kShuffled = std::is_arithmetic_v<T> && (sizeof(Promoted<T>) == 4 || sizeof(Promoted<T>) == 8);
 
+[[noreturn]] void refuse_lane(unsigned lane, const char* what, Site site);
 template <class T>
 KVCACHE_UNSEEN T from_lane(unsigned mask, const Slot* slots, unsigned lane, const char* what, Site site) {
-  if (lane >= kWarp || !(mask >> lane & 1)) {
-    fail(std::string(what) + " at " + text(site) + " reads lane " + std::to_string(lane) +
-         ", which is outside the mask");
-  }
+  if (lane >= kWarp || !(mask >> lane & 1)) refuse_lane(lane, what, site);
   return value_of<T>(slots, lane);
 }
 
+[[noreturn]] void refuse_width(int width, const char* what, Site site);
 inline void check_width(int width, const char* what, Site site) {
-  if (width < 1 || width > 32 || (width & (width - 1))) {
-    fail(std::string(what) + " at " + text(site) + " has width " + std::to_string(width));
-  }
+  if (width < 1 || width > 32 || (width & (width - 1))) refuse_width(width, what, site);
 }
 
 }  // namespace kvcache::emulation

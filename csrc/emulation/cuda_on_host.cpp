@@ -1,7 +1,6 @@
 // The scheduler of scheduler.h. Never compiled with -fsanitize=thread.
 #include "cuda_on_host.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -9,6 +8,7 @@
 
 #include "context.h"
 #include "memory.h"
+#include "places.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -20,14 +20,6 @@ Fiber* self = nullptr;
 Block block{};
 const Checks* checks = nullptr;
 
-struct Meeting {
-  unsigned mask = 0, arrived = 0, turn = 0;
-  const char* what = nullptr;
-  Site site{};
-  // Two tables: nobody comes to the next collective but one before all have left this one.
-  Slot slots[2][kWarp];
-};
-
 namespace {
 
 struct Thread : Fiber {
@@ -38,6 +30,8 @@ struct Thread : Fiber {
 struct Warp {
   unsigned exist, alive, fresh, ready, at_barrier;  // lanes
   std::vector<std::unique_ptr<Meeting>> meetings;   // one per mask that was seen
+  Meeting* last;                                    // used
+  unsigned open;                                    // meetings that somebody waits in
 };
 
 struct Barrier {
@@ -53,20 +47,18 @@ unsigned ready_warps, current_warp, n_warps, live;
 Barrier the_barrier;
 Context main_context;
 
+unsigned grid_limit = 65535;  // of y and z
+
 std::string error;
-const char* kernel_name;
+const void* the_kernel;
 void (*kernel_body)(void*);
 void* kernel_arguments;
 std::mutex launching;
 
-bool shuffled = false;
-uint64_t random_state = 1;
-
 Thread* me() { return static_cast<Thread*>(self); }
 
-std::string at(const char* what, Site site) { return std::string(what) + " at " + text(site); }
-
-bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || !std::strcmp(a.file, b.file)); }
+bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
+bool same(Site a, Site b) { return a.line == b.line && same(a.file, b.file); }
 
 #if defined(__SANITIZE_ADDRESS__)
 void* main_fake_stack = nullptr;
@@ -120,13 +112,13 @@ void switch_to(Thread* next, [[maybe_unused]] bool forever = false) {  // null: 
   }
   std::string message = "deadlock:";
   for (const Where& place : places)
-    message += " " + std::to_string(place.n) + " thread(s) wait in " + at(place.what, place.site) + ";";
+    message += " " + std::to_string(place.n) + " thread(s) wait in " + text_at(place.what, place.site) + ";";
   message += " " + std::to_string(exited) + " thread(s) have exited";
   fail(message);
 }
 
 unsigned pick(unsigned mask, unsigned after) {  // the next set bit after `after`, round and round, or any of them
-  if (shuffled) {
+  if (random_order) {
     for (unsigned skip = unsigned(random_number() % unsigned(__builtin_popcount(mask))); skip; --skip) mask &= mask - 1;
     return unsigned(__builtin_ctz(mask));
   }
@@ -137,7 +129,7 @@ unsigned pick(unsigned mask, unsigned after) {  // the next set bit after `after
 Thread* next_ready() {
   Warp* warp = &warps[current_warp];
   unsigned lane = self ? self->lane : kWarp - 1;
-  if (!warp->ready || shuffled) {
+  if (!warp->ready || random_order) {
     if (!warp->ready) ready_warps &= ~(1u << current_warp);
     if (!ready_warps) {
       if (!live) return nullptr;
@@ -179,7 +171,7 @@ void leave() {  // the thread's kernel has returned
   for (const auto& meeting : warp.meetings) {
     if (meeting->arrived && (meeting->mask & bit)) {
       fail("lane " + std::to_string(self->lane) + " exits while other lanes of its warp wait for it in " +
-           at(meeting->what, meeting->site));
+           text_at(meeting->what, meeting->site));
     }
   }
   if (live && the_barrier.waiting == live) release_barrier();
@@ -212,6 +204,12 @@ void run_block() {
     warp.exist = warp.alive = warp.fresh = warp.ready = lanes >= kWarp ? ~0u : (1u << lanes) - 1;
     warp.at_barrier = 0;
     for (const auto& meeting : warp.meetings) meeting->arrived = 0;
+    if (warp.meetings.empty()) {
+      warp.meetings.push_back(std::make_unique<Meeting>());
+      warp.meetings.back()->mask = ~0u;
+    }
+    warp.last = warp.meetings.front().get();
+    warp.open = 0;
   }
   for (unsigned i = 0; i < block.threads; ++i) {
     Thread& t = threads[i];
@@ -235,31 +233,12 @@ void run_block() {
   const Range stacks = all_stacks();  // the abandoned frames' red zones
   ASAN_UNPOISON_MEMORY_REGION(stacks.begin, size_t(stacks.end - stacks.begin));
 #endif
-  throw std::runtime_error("emulated kernel " + std::string(kernel_name) + ", block (" + std::to_string(index.x) +
-                           ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")" + error);
-}
-
-void read_environment() {
-  const char* seed = std::getenv("KVCACHE_EMULATION_SEED");
-  if (seed && *seed) kvcache::emulation::shuffled = true, random_state = std::strtoull(seed, nullptr, 10);
+  throw std::runtime_error("emulated kernel " + function_names({the_kernel})[0] + ", block (" +
+                           std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+                           ")" + error);
 }
 
 }  // namespace
-
-bool random_order() { return shuffled; }
-
-uint64_t random_number() {  // splitmix64
-  random_state += 0x9E3779B97F4A7C15u;
-  uint64_t x = random_state;
-  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-  return x ^ x >> 31;
-}
-
-std::string text(Site site) {
-  const char* name = site.file ? std::strrchr(site.file, '/') : nullptr;
-  return std::string(name ? name + 1 : site.file ? site.file : "?") + ":" + std::to_string(site.line);
-}
 
 void fail(const std::string& why) {
   if (!self) throw std::runtime_error("emulation: " + why);
@@ -274,8 +253,8 @@ int barrier(const char* what, Site site, int value, Reduction reduction) {
     the_barrier.site = site;
     the_barrier.sum = value;
   } else if (!same(the_barrier.site, site)) {
-    fail("divergent barrier: " + at(what, site) + ", while other threads wait in " +
-         at(the_barrier.what, the_barrier.site));
+    fail("divergent barrier: " + text_at(what, site) + ", while other threads wait in " +
+         text_at(the_barrier.what, the_barrier.site));
   } else {
     int& sum = the_barrier.sum;
     sum = reduction == Reduction::kSum ? sum + value : reduction == Reduction::kAnd ? sum & value : sum | value;
@@ -284,7 +263,7 @@ int barrier(const char* what, Site site, int value, Reduction reduction) {
   warp.at_barrier |= 1u << self->lane;
   if (++the_barrier.waiting == live) {
     release_barrier();
-    if (!shuffled) {  // this one goes straight on
+    if (!random_order) {  // this one goes straight on
       warp.ready &= ~(1u << self->lane);
       return the_barrier.result;
     }
@@ -293,22 +272,25 @@ int barrier(const char* what, Site site, int value, Reduction reduction) {
   return the_barrier.result;
 }
 
-Meeting* arrive(unsigned mask, const char* what, Site site) {
-  Warp& warp = warps[self->warp];
-  const unsigned bit = 1u << self->lane;
-  if (!(mask & bit)) fail(at(what, site) + ": the calling lane " + std::to_string(self->lane) + " is not in the mask");
-  if (mask & ~warp.alive) {
-    const unsigned missing = mask & ~warp.alive;
-    fail(at(what, site) + ": lane " + std::to_string(__builtin_ctz(missing)) + " of the mask " +
-         (missing & warp.exist ? "has exited" : "does not exist in this block"));
+namespace {
+
+[[gnu::cold]] void refuse(const Warp& warp, unsigned mask, const char* what, Site site) {
+  if (!(mask >> self->lane & 1)) {
+    fail(text_at(what, site) + ": the calling lane " + std::to_string(self->lane) + " is not in the mask");
   }
+  const unsigned missing = mask & ~warp.alive;
+  fail(text_at(what, site) + ": lane " + std::to_string(__builtin_ctz(missing)) + " of the mask " +
+       (missing & warp.exist ? "has exited" : "does not exist in this block"));
+}
+
+Meeting* meeting_of(Warp& warp, unsigned mask, const char* what, Site site) {
   Meeting* found = nullptr;
   for (const auto& meeting : warp.meetings) {
     if (meeting->mask == mask) {
       found = meeting.get();
     } else if (meeting->arrived & mask) {
-      fail("lanes of one warp meet under different masks: " + at(what, site) + " and " +
-           at(meeting->what, meeting->site));
+      fail("lanes of one warp meet under different masks: " + text_at(what, site) + " and " +
+           text_at(meeting->what, meeting->site));
     }
   }
   if (!found) {
@@ -316,18 +298,29 @@ Meeting* arrive(unsigned mask, const char* what, Site site) {
     found = warp.meetings.back().get();
     found->mask = mask;
   }
+  return warp.last = found;
+}
+
+}  // namespace
+
+Meeting* arrive(unsigned mask, const char* what, Site site) {
+  Warp& warp = warps[self->warp];
+  const unsigned bit = 1u << self->lane;
+  if (!(mask & bit) || (mask & ~warp.alive)) refuse(warp, mask, what, site);
+  Meeting* found = warp.last;
+  // Nobody waits anywhere else: nothing to compare with.
+  if (found->mask != mask || warp.open > (found->arrived ? 1u : 0u)) found = meeting_of(warp, mask, what, site);
   if (!found->arrived) {
     found->what = what;
     found->site = site;
-  } else if (!same(found->site, site) || std::strcmp(found->what, what)) {
-    fail("divergent warp collective: " + at(what, site) + ", while other lanes wait in " +
-         at(found->what, found->site));
+    ++warp.open;
+  } else if (!same(found->site, site) || !same(found->what, what)) {
+    fail("divergent warp collective: " + text_at(what, site) + ", while other lanes wait in " +
+         text_at(found->what, found->site));
   }
   found->arrived |= bit;
   return found;
 }
-
-Slot* table(Meeting* meeting) { return meeting->slots[meeting->turn]; }
 
 Slot* complete(Meeting* meeting, void (*finish)(Slot*, unsigned mask)) {
   Slot* const slots = meeting->slots[meeting->turn];
@@ -339,9 +332,10 @@ Slot* complete(Meeting* meeting, void (*finish)(Slot*, unsigned mask)) {
   const unsigned bit = 1u << self->lane;
   meeting->arrived = 0;
   meeting->turn ^= 1;
+  --warps[self->warp].open;
   warps[self->warp].ready |= meeting->mask & ~bit;
   ready_warps |= 1u << self->warp;
-  if (shuffled) {  // otherwise this one goes straight on
+  if (random_order) {  // otherwise this one goes straight on
     warps[self->warp].ready |= bit;
     wait(meeting->what, meeting->site);
   }
@@ -354,19 +348,18 @@ void sync_warp(unsigned mask, Site site) {
   });
 }
 
-int run(const char* name, void (*body)(void*), void* arguments, size_t arguments_bytes, dim3 grid, dim3 size,
+int run(const void* kernel, void (*body)(void*), void* arguments, size_t arguments_bytes, dim3 grid, dim3 size,
         size_t shared_bytes) {
   constexpr int kInvalidValue = 1, kInvalidConfiguration = 9;  // cudaErrorInvalid...
   const uint64_t n = uint64_t(size.x) * size.y * size.z;
   if (shared_bytes > kMaxShared) return kInvalidValue;
   if (n == 0 || n > kMaxThreads || size.x > 1024 || size.y > 1024 || size.z > 64) return kInvalidConfiguration;
-  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
+  if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > grid_limit || grid.z > grid_limit) {
     return kInvalidConfiguration;
   }
   std::lock_guard<std::mutex> lock(launching);
-  static const bool environment = (read_environment(), true);
-  (void)environment;
-  kernel_name = name;
+  note_launch(kernel);
+  the_kernel = kernel;
   kernel_body = body;
   kernel_arguments = arguments;
   block = {{0, 0, 0}, grid, size, unsigned(n), open_shared(shared_bytes), shared_bytes};
@@ -375,8 +368,8 @@ int run(const char* name, void (*body)(void*), void* arguments, size_t arguments
 #endif
   if (checks) checks->launch(arguments, arguments_bytes);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  const uint64_t start = shuffled ? random_number() % blocks : 0;
-  const bool backwards = shuffled && random_number() % 2;
+  const uint64_t start = random_order ? random_number() % blocks : 0;
+  const bool backwards = random_order && random_number() % 2;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t k = ((backwards ? blocks - 1 - i : i) + start) % blocks;
     block.index = {unsigned(k % grid.x), unsigned(k / grid.x % grid.y), unsigned(k / (uint64_t(grid.x) * grid.y))};
@@ -387,7 +380,7 @@ int run(const char* name, void (*body)(void*), void* arguments, size_t arguments
 
 }  // namespace kvcache::emulation
 
-extern "C" __attribute__((visibility("default"))) void kvcache_emulated_shuffle(int on, uint64_t seed) {
-  kvcache::emulation::shuffled = on != 0;
-  kvcache::emulation::random_state = seed;
+// Lets a test find with few blocks what a GPU would refuse with many.
+extern "C" __attribute__((visibility("default"))) void kvcache_emulated_grid_limit(unsigned limit) {
+  kvcache::emulation::grid_limit = limit;
 }

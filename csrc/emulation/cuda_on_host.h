@@ -44,7 +44,7 @@ KVCACHE_UNSEEN inline void* dynamic_shared() { return block.shared; }
 constexpr int warpSize = 32;
 
 #define KVCACHE_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::kvcache::emulation::dynamic_shared())
-#define KVCACHE_LAUNCH(kernel, ...) ::kvcache::emulation::launch(#kernel, kernel, __VA_ARGS__)
+#define KVCACHE_LAUNCH(kernel, ...) ::kvcache::emulation::launch(kernel, __VA_ARGS__)
 
 using cudaStream_t = void*;
 

@@ -14,4 +14,7 @@ Place place_of(Site site);
 // file:line; of a program counter with the lines that it was inlined from.
 std::string text(Place place);
 
+// Without their namespaces and parameters.
+std::vector<std::string> function_names(const std::vector<const void*>& functions);
+
 }  // namespace kvcache::emulation

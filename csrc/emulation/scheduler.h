@@ -13,7 +13,11 @@
 #include "vector_types.h"
 
 // Bookkeeping is not the kernel's memory traffic: the race build must not see it.
+#if defined(__SANITIZE_THREAD__)
 #define KVCACHE_UNSEEN __attribute__((no_sanitize("thread")))
+#else
+#define KVCACHE_UNSEEN
+#endif
 #define KVCACHE_SITE , ::kvcache::emulation::Site site = {__builtin_FILE(), __builtin_LINE()}
 #define KVCACHE_ONLY_SITE ::kvcache::emulation::Site site = {__builtin_FILE(), __builtin_LINE()}
 #define KVCACHE_AT_SITE , site
@@ -58,7 +62,8 @@ extern Block block;
 
 [[noreturn]] void fail(const std::string& why);  // ends the launch with an exception
 std::string text(Site site);
-bool random_order();  // threads, warps and blocks run in one
+std::string text_at(const char* what, Site site);
+extern bool random_order;  // threads, warps and blocks run in one
 uint64_t random_number();
 
 // --- what waits
@@ -71,9 +76,14 @@ int barrier(const char* what, Site site, int value = 0, Reduction reduction = Re
 struct alignas(64) Slot {
   unsigned char bytes[64];
 };
-struct Meeting;
+struct Meeting {
+  unsigned mask = 0, arrived = 0, turn = 0;
+  const char* what = nullptr;
+  Site site{};
+  // Two tables: nobody comes to the next collective but one before all have left this one.
+  Slot slots[2][kWarp];
+};
 Meeting* arrive(unsigned mask, const char* what, Site site);
-Slot* table(Meeting* meeting);
 // `finish` is called once, by the last lane, when the table is complete.
 Slot* complete(Meeting* meeting, void (*finish)(Slot*, unsigned mask) = nullptr);
 void sync_warp(unsigned mask, Site site);
@@ -89,7 +99,7 @@ KVCACHE_UNSEEN Slot* meet(unsigned mask, const T& mine, const char* what, Site s
                           void (*finish)(Slot*, unsigned mask) = nullptr) {
   static_assert(sizeof(T) <= sizeof(Slot));
   Meeting* meeting = arrive(mask, what, site);
-  __builtin_memcpy(table(meeting)[self->lane].bytes, &mine, sizeof mine);
+  __builtin_memcpy(meeting->slots[meeting->turn][self->lane].bytes, &mine, sizeof mine);
   return complete(meeting, finish);
 }
 
@@ -129,19 +139,20 @@ struct Extent {
   Extent(I n) : size(n > 0 && static_cast<uint64_t>(n) <= 0x7fffffffu ? static_cast<unsigned>(n) : 0u) {}
 };
 
-int run(const char* name, void (*body)(void*), void* arguments, size_t arguments_bytes, dim3 grid, dim3 size,
+void note_launch(const void* kernel);
+int run(const void* kernel, void (*body)(void*), void* arguments, size_t arguments_bytes, dim3 grid, dim3 size,
         size_t shared_bytes);
 
 template <class... P, class... A>
-int launch(const char* name, void (*kernel)(P...), Extent grid, Extent size, size_t shared_bytes, void*,
-           A&&... arguments) {
+int launch(void (*kernel)(P...), Extent grid, Extent size, size_t shared_bytes, void*, A&&... arguments) {
   static_assert(sizeof...(P) == sizeof...(A), "the kernel takes another number of arguments");
   struct Call {
     void (*kernel)(P...);
     std::tuple<std::decay_t<P>...> arguments;
     static void body(void* call) { std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->arguments); }
   } call{kernel, {static_cast<P>(arguments)...}};
-  return run(name, &Call::body, &call, sizeof call, grid.size, size.size, shared_bytes);
+  return run(reinterpret_cast<const void*>(kernel), &Call::body, &call, sizeof call, grid.size, size.size,
+             shared_bytes);
 }
 
 }  // namespace kvcache::emulation

@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from support import emulation
 from support.models import WINDOW, build, greedy, padded, prompt
 from support.policies import LAYERS, POLICIES
 from support.pretend_gpu import PretendTensor, move, on_gpu, pretend_gpu
@@ -18,13 +19,23 @@ ROWS = [prompt(n, seed=20 + n)[0] for n in (30, 19, 25)]
 EVICTING = ("streamingllm", "h2o", "random")
 
 
-@pytest.fixture
-def gpu():
-    """Moves models and tensors to a GPU; the real one where there is one."""
-    if torch.cuda.is_available():
+@pytest.fixture(
+    params=[
+        pytest.param("pretended", marks=pytest.mark.cpu),
+        pytest.param("emulated", marks=pytest.mark.emulated),
+        pytest.param("cuda", marks=pytest.mark.cuda),
+    ]
+)
+def gpu(request):
+    """Moves models and tensors to a GPU: pretended, over the CPU kernels or the CUDA kernels on the host, or real."""
+    if request.param == "cuda":
+        if not (torch.cuda.is_available() and kvcache._C.cuda_info()["compiled"]):
+            pytest.skip("no GPU, or kvcache built without nvcc")
         yield lambda x: x.cuda()
         return
-    with torch.no_grad(), pretend_gpu():
+    if request.param == "emulated":
+        emulation.register()
+    with torch.no_grad(), pretend_gpu(emulated=request.param == "emulated"):
         yield lambda x: move(x) if isinstance(x, torch.nn.Module) else on_gpu(x)
 
 

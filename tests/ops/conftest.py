@@ -1,6 +1,7 @@
 """The tests of single ops run with every implementation: also with the CUDA kernels, on the host and on a GPU."""
 
 import pytest
+from support import emulation
 from support.backends import CUDA, HOST, use
 
 
@@ -13,7 +14,7 @@ def backend(request):
 
 @pytest.fixture
 def fast_backend(backend):
-    """All but the reference, whose loops over rows take minutes where there are many."""
-    if backend == "reference":
-        pytest.skip("loops over rows in Python")
+    """For tests with much to do: not the reference, which loops over rows, nor emulation that checks every access."""
+    if backend == "reference" or (backend == "emulated" and emulation.chosen() in ("race", "asan")):
+        pytest.skip("would take minutes")
     return backend

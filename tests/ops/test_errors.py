@@ -32,7 +32,7 @@ def good_calls():
     return {
         "append": storage
         | {"k": torch.randn(2, 2, 3, 8), "v": torch.randn(2, 2, 3, 6), "new_positions": q_positions}
-        | {"new_columns": torch.zeros(1, 2, 2, 3)},
+        | {"new_columns": torch.zeros(1, 2, 2, 3), "bounds": torch.zeros(len(case.k_pages), 2, 8)},
         "copy_pages": {"k_pages": storage["k_pages"], "v_pages": storage["v_pages"]}
         | {"source": ints([0, 1]), "target": ints([2, 3])},
         "compact": {("source_table" if name == "table" else name): x for name, x in storage.items()}
@@ -66,6 +66,11 @@ def good_calls():
         "query_similarity": {"a": q[:, :, 0], "b": q[:, :, 1]},
         "topk": ranked | {"k": two} | bounds | {"width": capacity},
         "choose_victims": ranked | {"budgets": two} | bounds,
+        "page_bounds": {name: storage[name] for name in ("k_pages", "table", "counts")}
+        | {"bounds": torch.zeros(len(case.k_pages), 2, 8)},
+        "active_rows": {"mask": torch.tensor([True, False])},
+        "gather_rows": {"x": torch.randn(3, 4), "index": ints([2, -1])},
+        "scatter_rows": {"x": torch.randn(3, 4), "rows": torch.randn(2, 4), "index": ints([2, -1])},
     }
 
 
@@ -86,7 +91,8 @@ def change_for(name, op):
 def bad_calls():
     # These define R, P or H, so that the damage shows at others, or their first dimension is nobody's business.
     defining = ("k_pages", "v_pages", "bounds", "table", "source_table", "scores", "source")
-    free = {("compact", "columns"), ("overwrite", "columns"), ("choose_victims", "positions")}
+    free = {("compact", "columns"), ("overwrite", "columns"), ("choose_victims", "positions"), ("active_rows", "mask")}
+    free |= {("gather_rows", "x"), ("gather_rows", "index"), ("scatter_rows", "x")}
     for op, good in good_calls().items():
         for name, value in good.items():
             if not isinstance(value, torch.Tensor):
@@ -127,7 +133,7 @@ def bad_calls():
         yield values(op, table=hole)
         yield values(op, table=far)
         yield values(op, q=good[op]["q"][:, :3].contiguous())
-    for op in ("topk", "choose_victims"):
+    for op in ("topk", "choose_victims", "page_bounds"):
         yield values(op, counts=many)
     yield values("append", table=ends)
     yield values("append", counts=torch.full_like(counts, capacity - 2))
@@ -172,6 +178,22 @@ def bad_calls():
     yield values("selection_scores", pages=ints([[[1, 0]], [[0, -1]]]), page_counts=ints([[2], [1]]))
     yield values("page_scores", positions=good["page_scores"]["positions"][..., :-1].contiguous())
     yield values("page_scores", bounds=torch.zeros(5, 2, 300))
+    listed = {"pages": ints([[[0, 2], [1, -1]]] * 2), "page_counts": ints([[2, 1]] * 2), "page_size": capacity // 2}
+    yield values("topk", pages=listed["pages"])
+    yield values("topk", page_counts=listed["page_counts"])
+    yield values("topk", **listed | {"page_size": 0})
+    yield values("topk", **listed | {"page_size": 3})
+    yield values("topk", **listed)  # there is no page 2
+    yield values("topk", **listed | {"pages": ints([[[1, 0], [1, -1]]] * 2)})
+    yield values("topk", **listed | {"page_counts": ints([[2, 3]] * 2)})
+    yield values("append", bounds=torch.zeros(5, 2, 8))
+    yield values("append", TypeError, bounds=good["append"]["bounds"].half())
+    yield values("page_bounds", TypeError, bounds=good["append"]["bounds"].half())
+    yield values("page_bounds", table=hole)
+    for op in ("gather_rows", "scatter_rows"):
+        yield values(op, index=ints([3, 0]))
+        yield values(op, index=ints([0, -2]))
+    yield values("scatter_rows", TypeError, rows=torch.zeros(2, 4).half())
     yield values("topk", width=-1)
     yield values("topk", width=1)
 

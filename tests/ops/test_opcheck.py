@@ -43,7 +43,10 @@ def samples():
     bounds = torch.randn(max(len(case.k_pages), len(twin.k_pages)), 2, 8)
     pages = torch.where(case.counts > 0, 0, -1).int()[..., None]
     return {
-        "append": [((*case.args, k, v, new_positions),), ((*case.args, k, v, new_positions, torch.randn(1, 2, 2, 3)),)],
+        "append": [
+            ((*case.args, k, v, new_positions),),
+            ((*case.args, k, v, new_positions, torch.randn(1, 2, 2, 3), bounds[: len(case.k_pages)].clone()),),
+        ],
         "copy_pages": [((case.k_pages, case.v_pages, ints([0, 1]), ints([2, 3])),)],
         "compact": [((*case.args[:3], case.table.clone(), *case.args[3:], keep, keep_counts),)],
         "overwrite": [((*case.args, case.counts.clamp(max=1) - 1),)],
@@ -69,11 +72,19 @@ def samples():
             ((q[:, :, 0], bounds, twin.table, twin.counts, twin.positions, first, end, 0.4, False),),
         ],
         "query_similarity": [((q[:, :, 0], q[:, :, 1].bfloat16()),)],
-        "topk": [((case.columns[0], case.counts, case.positions, case.counts // 2, first, end, capacity),)],
+        "topk": [
+            ((case.columns[0], case.counts, case.positions, case.counts // 2, first, end, capacity),),
+            ((q[:, :2, 0, :4], case.counts, case.positions, case.counts, first, end, 4, pages, pages[..., 0] + 1, 4),),
+        ],
         "choose_victims": [
             ((case.columns[0], case.counts, case.positions, case.counts // 2, first, end),),
             ((None, case.counts, case.positions, case.counts // 2, first, end),),
         ],
+        "page_bounds": [((case.k_pages, case.table, case.counts, bounds[: len(case.k_pages)].clone()),)],
+        "plan_decode": [((case.counts[None], 1, 40, 3),)],
+        "active_rows": [((torch.tensor([True, False, True]),),)],
+        "gather_rows": [((q[0, 0], ints([2, -1])),)],
+        "scatter_rows": [((q[0, 0].clone(), torch.zeros(2, 8), ints([2, -1])),)],
     }
 
 
@@ -89,6 +100,11 @@ def test_opcheck(name):
     torch.manual_seed(0)
     for (args,) in samples()[name]:
         torch.library.opcheck(getattr(torch.ops.kvcache, name).default, args, test_utils=OPCHECKS)
+
+
+def test_opcheck_of_a_plan_whose_size_only_the_device_knows():
+    counts = ints([[[5, 0], [7, 300]]])
+    torch.library.opcheck(torch.ops.kvcache.plan_decode.default, (counts, 1, 400), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("name", ALL_OPS)

@@ -108,11 +108,10 @@ def test_topk_of_listed_pages_is_the_reference(backend, case, page_size, kind, s
     check_topk((scores, counts, positions, *rest), pages=pages, page_counts=page_counts, page_size=page_size)
 
 
-LONG = (16_384, 16_385, 20_001, 65_536, 70_001)
+LONG = [(kind, n) for kind in KINDS for n in (16_385, 70_001)] + [("normal", n) for n in (16_384, 20_001, 65_536)]
 
 
-@pytest.mark.parametrize("n", LONG)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "n"), LONG)
 def test_topk_of_long_rows(backend, kind, n):
     """Rows that several blocks share; heads that hold nothing, one entry or all, protected ones among them."""
     g = torch.Generator().manual_seed(n)

@@ -450,13 +450,14 @@ def test_offsets_beyond_32_bits(resident):
 
 
 def test_bounds_beyond_32_bits(resident):
-    k_pages = huge(resident, 1, 128)
-    bounds = huge(resident, 2, 128, elements=2 * k_pages.numel())
+    dim = 4096
+    k_pages = huge(resident, 1, dim, elements=2**30 + 2**23)
+    bounds = huge(resident, 2, dim, elements=2 * k_pages.numel())
     last = len(k_pages) - 1
-    k_pages[last] = torch.randn(128)
+    k_pages[last] = torch.randn(dim)
     one = torch.ones(1, 1, 1, dtype=torch.int32)
     ops.page_bounds(k_pages, last * one, one[0], bounds)
-    assert torch.equal(bounds[last], k_pages[last].expand(2, 128))
+    assert torch.equal(bounds[last], k_pages[last].expand(2, dim))
 
 
 def test_threads_do_not_change_the_result():

@@ -7,6 +7,7 @@ run in a random order; ``KVCACHE_EMULATION_SEED`` is the seed), ``race`` (every 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import importlib.util
@@ -63,10 +64,16 @@ def _tool(name: str) -> str | None:
     return None
 
 
+_failed: list[str] = []  # what went wrong with the build: every test fails at once, instead of trying it again
+
+
 def _run(*command: str) -> None:
+    if _failed:
+        raise RuntimeError(_failed[0])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LD_PRELOAD": ""})
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-6000:]}")
+        _failed.append(f"{' '.join(command)}\n{(done.stdout + done.stderr)[-6000:]}")
+        raise RuntimeError(_failed[0])
 
 
 @cache
@@ -111,6 +118,9 @@ def register() -> None:
     kvcache.ops.fake.register("kvcache_emulated")
     namespace = torch.ops.kvcache_emulated
     kvcache.ops.register_backend("emulated", Narrowed(loaded) if chosen() == "race" else namespace)
+    if folder := os.environ.get("KVCACHE_EMULATION_LAUNCHED"):
+        loaded.kvcache_emulated_launched.restype = ctypes.c_char_p
+        atexit.register(lambda: Path(folder, str(os.getpid())).write_bytes(loaded.kvcache_emulated_launched()))
 
 
 #: Ops that leave the entries where they are: they may follow the table no further than the counts say.
@@ -148,10 +158,10 @@ class Narrowed:
             x = given.get(argument)
             if owned is None or not isinstance(x, Tensor) or x.dim() != 3 or not x.is_contiguous():
                 continue
-            size = x.stride(0) * x.element_size()
-            for page in range(x.shape[0]):
-                if page not in owned:
-                    self.library.kvcache_emulated_hide(x.data_ptr() + page * size, size)
+            size, begin = x.stride(0) * x.element_size(), 0
+            for page in [*sorted(p for p in owned if 0 <= p < x.shape[0]), x.shape[0]]:
+                self.library.kvcache_emulated_hide(x.data_ptr() + begin * size, (page - begin) * size)
+                begin = page + 1
 
     @staticmethod
     def _owned(name: str, given: dict) -> set[int] | None:

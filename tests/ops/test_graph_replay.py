@@ -1,0 +1,122 @@
+"""CUDA graphs: captured once, replayed with other lengths, pages and values. Needs a GPU."""
+
+import pytest
+import torch
+from paged_case import make_paged
+
+import kvcache
+from kvcache import ops
+from kvcache.ops import reference
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not (torch.cuda.is_available() and kvcache._C.cuda_info()["compiled"]),
+        reason="no GPU, or kvcache built without nvcc",
+    ),
+]
+ROWS, HEADS, TOKENS, WIDTH = 3, 2, 40, 60
+
+
+def storage_step(x):
+    """What a step does to the storage: new tokens, a choice, a victim, a compaction, a page copied; all in place."""
+    ops.append(*x["args"], x["k"], x["v"], x["new_positions"], None, x["bounds"])
+    ops.append(
+        *x["args"], x["k"][:, :, :1], x["v"][:, :, :1], x["new_positions"][:, :1].contiguous(), None, x["bounds"]
+    )
+    k_pages, v_pages, table, counts, positions, columns = x["args"]
+    scores = columns[0]
+    victims = ops.choose_victims(scores, counts, positions, x["budgets"], x["first"], x["end"])
+    ops.overwrite(*x["args"], victims)
+    index, index_counts = ops.topk(scores, counts, positions, x["budgets"], x["first"], x["end"], WIDTH)
+    ops.compact(k_pages, v_pages, table, table, counts, positions, columns, index, index_counts)
+    ops.page_bounds(k_pages, table, counts, x["bounds"])
+    ops.copy_pages(k_pages, v_pages, x["source"], x["target"])
+    listed, count = ops.active_rows(x["mask"])
+    picked = ops.gather_rows(x["matrix"], listed)
+    ops.scatter_rows(x["matrix"], picked * 2, listed)
+    return victims, index, index_counts, listed, count
+
+
+def inputs(seed, device):
+    g = torch.Generator().manual_seed(seed)
+    case = make_paged(
+        rows=ROWS, heads=HEADS, page_size=4, k_dim=16, v_dim=8, dtype=torch.bfloat16, max_count=15, room=TOKENS + 1,
+        seed=seed,
+    )  # fmt: skip
+    # One width and one pool for all seeds.
+    pages, columns = ROWS * HEADS * 14 + 3, 14
+    case.table = torch.nn.functional.pad(case.table, (0, columns - case.table.shape[2]), value=-1)
+    more = columns * 4 - case.positions.shape[2]
+    case.positions = torch.nn.functional.pad(case.positions, (0, more))
+    case.columns = torch.nn.functional.pad(case.columns, (0, more)).nan_to_num(0.0)
+    for name in ("k_pages", "v_pages"):
+        x = getattr(case, name)
+        setattr(case, name, torch.cat([x, torch.full((pages - len(x), *x.shape[1:]), float("nan"), dtype=x.dtype)]))
+    new_positions = torch.arange(100, 100 + TOKENS, dtype=torch.int32).repeat(ROWS, 1)
+    new_positions[torch.rand(ROWS, TOKENS, generator=g) < 0.4] = -1
+    x = {
+        "args": case.args,
+        "k": torch.randn(ROWS, HEADS, TOKENS, 16, generator=g).bfloat16(),
+        "v": torch.randn(ROWS, HEADS, TOKENS, 8, generator=g).bfloat16(),
+        "new_positions": new_positions,
+        "bounds": torch.zeros(pages, 2, 16, dtype=torch.bfloat16),
+        "budgets": torch.randint(0, 30, (ROWS, HEADS), generator=g).int(),
+        "first": torch.randint(0, 5, (ROWS,), generator=g).int(),
+        "end": torch.full((ROWS,), 120, dtype=torch.int32),
+        "source": case.table[0, 0, :1].clone(),
+        "target": torch.tensor([pages - 1], dtype=torch.int32),
+        "mask": torch.rand(50, generator=g) < 0.5,
+        "matrix": torch.randn(50, 24, generator=g),
+    }
+    return {n: tuple(y.to(device) for y in z) if isinstance(z, tuple) else z.to(device) for n, z in x.items()}
+
+
+def tensors(x):
+    for value in x.values():
+        yield from value if isinstance(value, tuple) else (value,)
+
+
+def test_storage_ops_replay():
+    static = inputs(0, "cuda")
+    warm = inputs(0, "cuda")
+    storage_step(warm)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = storage_step(static)
+    for seed in range(25):
+        fresh, expected = inputs(seed % 8, "cuda"), inputs(seed % 8, "cpu")
+        for mine, new in zip(tensors(static), tensors(fresh)):
+            mine.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        with ops.use_backend("reference"):
+            wanted = storage_step(expected)
+        for got, want in zip([*out, *tensors(static)], [*wanted, *tensors(expected)]):
+            torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [1500, 9000, 100_000])
+def test_topk_replays(n):
+    """One capture for heads that hold anything from nothing to all."""
+    g = torch.Generator().manual_seed(n)
+    scores = torch.zeros(1, 2, n, device="cuda")
+    positions = torch.zeros(1, 2, n, dtype=torch.int32, device="cuda")
+    counts, k = (torch.zeros(1, 2, dtype=torch.int32, device="cuda") for _ in range(2))
+    first, end = (torch.full((1,), value, dtype=torch.int32, device="cuda") for value in (4, n - 64))
+    ops.topk(scores, counts, positions, k, first, end, 2048)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.topk(scores, counts, positions, k, first, end, 2048)
+    for held in (0, 1, 63, n // 3, n - 1, n):
+        scores.copy_(torch.randn(1, 2, n, generator=g) if held % 2 else torch.ones(1, 2, n))
+        positions.copy_(torch.stack([torch.randperm(n, generator=g) for _ in range(2)])[None])
+        counts.copy_(torch.tensor([[held, min(held, 5000)]]))
+        k.copy_(torch.tensor([[1800, 7]]))
+        graph.replay()
+        torch.cuda.synchronize()
+        want = reference.topk(*(x.cpu() for x in (scores, counts, positions, k, first, end)), 2048)
+        for a, b in zip(out, want):
+            assert torch.equal(a.cpu(), b)
