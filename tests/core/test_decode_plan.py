@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.backends import use
 
 from kvcache import ops
 from kvcache._C import decode_block
@@ -96,26 +97,20 @@ def test_plans(counts, added, workers):
     check(counts, added, workers, plan_of(counts, added, workers=workers))
 
 
+@pytest.mark.emulated
 @given(counts=COUNTS, workers=st.integers(1, 40))
 @settings(max_examples=25)
 def test_planner_of_the_device(counts, workers):
     """The CUDA kernel's plan is the host's, bit for bit."""
-    from support.backends import use
-
     layers = torch.tensor([counts, counts[::-1], [0] * len(counts)], dtype=torch.int32).view(3, 1, -1)
     host = ops.plan_decode(layers, 1, 5001, workers)
     with use("emulated"):
         assert torch.equal(ops.plan_decode(layers, 1, 5001, workers), host)
 
 
-test_planner_of_the_device = pytest.mark.emulated(test_planner_of_the_device)
-
-
 @pytest.mark.emulated
 @pytest.mark.parametrize("items", [1, 31, 32, 33, 1023, 1024, 1025, 200_000])
 def test_planner_of_the_device_with_many_items(items):
-    from support.backends import use
-
     counts = torch.randint(0, 2000, (1, items, 1), dtype=torch.int32, generator=torch.Generator().manual_seed(items))
     counts[counts % 3 == 0] = 0
     host = ops.plan_decode(counts, 0, 2000, 264)

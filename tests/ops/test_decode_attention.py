@@ -337,13 +337,15 @@ def test_bug_3_empty_rows_between_full_ones(backend, workers, group):
 
 @pytest.mark.parametrize("unused", [-1, 2**31 - 1])
 @pytest.mark.parametrize("group", [1, 4])
-def test_bug_4_table_is_not_read_past_its_end(fast_backend, unused, group):
+def test_bug_4_table_is_not_read_past_its_end(backend, unused, group):
     """Tables as wide as needed; what lies behind a head's pages names no page. asan and race builds see every read."""
+    if backend == "reference" and unused > 0:
+        pytest.skip("gathers before it hides")
     case = make_paged(rows=3, heads=2, page_size=16, k_dim=64, v_dim=64, dtype=torch.bfloat16, max_count=200, seed=5)
     q = query(case, group)
     want = expect(q, case)
     case.table[case.table < 0] = unused
-    got = decode(q, case, plan=plan(case.counts + 100, 7, fast_backend))
+    got = decode(q, case, plan=plan(case.counts + 100, 7, backend))
     assert_attention(got, want, q, 2e-5)
 
 
