@@ -1,11 +1,22 @@
-"""What the kernel benchmarks share: honest timing, the machine's limits, tables and JSON.
+"""What the kernel benchmarks share: options, devices, honest timing, limits measured in the same run, tables and JSON.
 
-* Everything that is compared runs in one process, in turns, on as many distinct copies as are needed to leave the
-  second cache level cold; a figure is the median over all copies and rounds.
-* One thread is timed by its CPU time, so that neighbours on the machine disturb less; several threads by the clock.
-* ``% of limit`` is the time that memory and multipliers would need at least, max(bytes / bandwidth, flops / peak),
-  over the time taken. Both limits are probed in the same rounds: bandwidth by streaming through the very same pools,
-  front to back, and the peak by multiply-adds in registers (csrc/cpu/probe.inl).
+    python bench/kernels/NAME.py [--device cpu|cuda|emulated] [--out FILE.json] [--quick | --full] [--seconds N]
+                                 [--profile nsys|ncu] [--threads 1] [--cpu N]
+
+Everything that is compared runs in one process, in turns, on several sets of inputs; a figure is the median.
+
+* **cpu**: as many sets as leave the second cache level cold. One thread is timed by its CPU time, so that neighbours on
+  the machine disturb less; several threads by the clock. The limits are a stream through the very same pools, front to
+  back, and multiply-adds in registers (csrc/cpu/probe.inl), both in the same rounds.
+* **cuda**: each contender is a CUDA graph that goes once through all sets, together more than five times the L2; the
+  launch of a replay hides behind a kernel that sleeps. Where the inputs are too small for that, every call is a graph
+  of its own behind a flush of the L2, and the row says "flushed". What cannot be captured is timed without a graph and
+  says so. The limits are the best of torch's reductions over a large buffer and a large bfloat16 product of torch.
+* **emulated**: the CUDA kernels on this machine's CPU (csrc/emulation), one small case, no times: it shows that a
+  script runs. What ``--device cuda`` means without a GPU.
+
+``% of limit`` is the time that memory and multipliers need at least, max(bytes / bandwidth, flops / peak), over the
+time taken. ``--profile`` runs the first case, each contender in a range of its name, and prints the command around it.
 """
 
 from __future__ import annotations
@@ -14,57 +25,336 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcache import _C
+from kvcache import _C, ops
 
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NOT_INSTALLED = "not installed"
+
+#: Something to be timed: called with the number of a set of inputs. A text says why there is nothing.
+Run = Callable[[int], object] | str
 
 
-def arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
-    parser.add_argument("--cpu", type=int, help="pin to this core (one thread)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.cpu is not None and options.threads == 1:
-        os.sched_setaffinity(0, {options.cpu})
-    return options
+@dataclass
+class Times:
+    """Seconds per call of each contender, None where nothing was timed, or why there is none."""
+
+    seconds: dict[str, float | str | None]
+    bandwidth: float | None  # bytes per second
+    notes: list[str] = field(default_factory=list)
+
+    def best(self, peer: str) -> tuple[float | str | None, str]:
+        """Of the ways ``peer|way`` of a peer: the time, and the way. Reasons only where no way has a time."""
+        ways = {n.partition("|")[2]: t for n, t in self.seconds.items() if n.partition("|")[0] == peer}
+        timed = {way: t for way, t in ways.items() if isinstance(t, float)}
+        way = min(timed, key=timed.__getitem__) if timed else next(iter(ways))
+        return ways[way], way
 
 
-def seconds(run: Callable[[], object]) -> float:
+class Bench:
+    """A device that runs the ops. The base class does what all of them do."""
+
+    kind = "cpu"
+    time_unit, per_second = "ms", 1e3
+    rate_unit, rate = "GB/s", 1e9
+    flop_unit, flop_rate = "GFLOP/s", 1e9
+    rounds = 5
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device("cpu")
+        self.started = time.monotonic()
+        torch.manual_seed(0)
+        if options.quick:
+            self.rounds = min(self.rounds, 3)
+
+    # --- inputs -------------------------------------------------------------------------------------------------------
+
+    def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device).normal_()
+
+    def ints(self, values: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int32, device=self.device)
+
+    def copies(self, nbytes: int) -> int:
+        """Sets of inputs of this size that leave the caches cold."""
+        return max(3, min(48, (400 << 20) // max(1, nbytes)))
+
+    def fits(self, nbytes: int) -> bool:
+        return True
+
+    # --- timing -------------------------------------------------------------------------------------------------------
+
+    def compare(
+        self, runs: dict[str, Run], copies: int, *, pools: Callable[[int], Iterable[Tensor]] | None = None,
+        touched: int | None = None, reset: Callable[[int], object] | None = None,
+    ) -> Times:  # fmt: skip
+        """Times of ``runs``. ``pools``: memory to stream through for the bandwidth, and what a call touches unless
+        ``touched`` (bytes) says otherwise; ``reset``: undoes a call, not timed."""
+        runs = {name: run for name, run in runs.items() if not isinstance(run, str)} | (
+            {"stream": lambda c: stream(*pools(c))} if pools else {}
+        )
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for run in runs.values():  # warm up: pages of memory, lazy initialisation
+            run(0)
+            if reset:
+                reset(0)
+        for i in range(self.rounds):
+            order = list(runs)
+            for name in order[i % len(order) :] + order[: i % len(order)]:
+                start = time.perf_counter()
+                for c in range(copies):
+                    if c >= 3 and time.perf_counter() - start > 0.3:
+                        break
+                    times[name].append(_seconds(runs[name], c))
+                    if reset:
+                        reset(c)
+        found: dict[str, float | str | None] = {name: median(x) for name, x in times.items()}
+        bandwidth = None
+        if pools and isinstance(streamed := found.pop("stream"), float):
+            bandwidth = sum(x.nbytes for x in pools(0)) / streamed
+        return Times(found, bandwidth)
+
+    def peak(self) -> float | None:
+        """Floating-point operations per second: of one core, multiplied by the threads."""
+        done = 0
+
+        def run(_: int) -> None:
+            nonlocal done
+            done = _C.probe_fma(3_000_000)
+
+        return max(done / _seconds(run, 0) for _ in range(5)) * torch.get_num_threads()
+
+    def machine(self) -> dict[str, Any]:
+        return {
+            "cpu": platform.processor() or platform.machine(), "isa": _C.isa, "torch": torch.__version__,
+            "threads": self.options.threads, "clock": "CPU time" if self.options.threads == 1 else "wall",
+        }  # fmt: skip
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def row(
+        self, cells: dict[str, Any], times: Times, *, nbytes: float = 0, flops: float = 0, ours: str = "ours",
+        peers: Sequence[str] = (),
+    ) -> dict[str, Any]:  # fmt: skip
+        """One line: what was run, ours against the limit, and each peer by the best of its ways."""
+        unit, taken = self.time_unit, times.seconds[ours]
+        row = {**cells, f"ours {unit}": self.shown(taken)}
+        limits = []
+        if nbytes and times.bandwidth:
+            limits.append(nbytes / times.bandwidth)
+            row["MB moved"] = nbytes / 1e6
+            row[self.rate_unit] = nbytes / taken / self.rate if isinstance(taken, float) else None
+            row[f"limit {self.rate_unit}"] = times.bandwidth / self.rate
+        if flops and (peak := self.peak()):
+            limits.append(flops / peak)
+            row[self.flop_unit] = flops / taken / self.flop_rate if isinstance(taken, float) else None
+            row[f"peak {self.flop_unit}"] = peak / self.flop_rate
+        if limits:
+            row["% of limit"] = 100 * max(limits) / taken if isinstance(taken, float) else None
+        best: tuple[float, str] | None = None
+        for peer in peers:
+            theirs, way = times.best(peer)
+            row[f"{peer} {unit}"] = self.shown(theirs)
+            if isinstance(theirs, float) and (best is None or theirs < best[0]):
+                best = theirs, f"{peer} {way}".strip()
+        if peers:
+            row["best peer"] = best[1] if best else None
+            row["ratio"] = best[0] / taken if best and isinstance(taken, float) else None
+        row["all"] = {name: self.shown(t) for name, t in times.seconds.items()}
+        if times.notes:
+            row["notes"] = ", ".join(times.notes)
+        return row
+
+    def shown(self, seconds: float | str | None) -> float | str | None:
+        return seconds * self.per_second if isinstance(seconds, float) else seconds
+
+
+class EmulatedBench(Bench):
+    kind = "emulated"
+    time_unit, per_second = "µs", 1e6
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        sys.path.insert(0, str(ROOT / "tests"))
+        from support import emulation
+
+        emulation.register()
+        ops.set_backend("emulated")
+
+    def copies(self, nbytes: int) -> int:
+        return 2
+
+    def compare(self, runs, copies, *, pools=None, touched=None, reset=None) -> Times:
+        for run in runs.values():
+            for c in range(0 if isinstance(run, str) else copies):
+                run(c)
+                if reset:
+                    reset(c)
+        return Times({name: run if isinstance(run, str) else None for name, run in runs.items()}, None)
+
+    def peak(self) -> None:
+        return None
+
+    def machine(self) -> dict[str, Any]:
+        return {
+            "device": "CUDA kernels emulated on the host: they ran, no time means anything",
+            "torch": torch.__version__,
+        }
+
+
+class CudaBench(Bench):
+    kind = "cuda"
+    time_unit, per_second = "µs", 1e6
+    rate_unit, rate = "TB/s", 1e12
+    flop_unit, flop_rate = "TFLOP/s", 1e12
+    rounds = 15
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(options)
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.properties = torch.cuda.get_device_properties(self.device)
+        self.cache = self.properties.L2_cache_size
+        self.flusher = torch.empty(2 * self.cache, dtype=torch.uint8, device=self.device)
+        self._peak: float | None = None
+        self.bandwidth = self._read_bandwidth()
+
+    def copies(self, nbytes: int) -> int:
+        room = int(0.4 * torch.cuda.mem_get_info()[0]) // max(1, nbytes)
+        cold = -(-5 * self.cache // max(1, nbytes))
+        return max(1, min(room, max(3, min(256, cold))))
+
+    def fits(self, nbytes: int) -> bool:
+        return nbytes < 0.8 * torch.cuda.mem_get_info()[0]
+
+    def compare(self, runs, copies, *, pools=None, touched=None, reset=None) -> Times:
+        if self.options.profile:
+            self._profile(runs, copies)
+        touched = copies * (sum(x.nbytes for x in pools(0)) if touched is None and pools else touched or 0)
+        rotating = touched >= 5 * self.cache or (copies == 1 and touched > 2 * self.cache)
+        notes = [] if rotating else ["flushed"]
+        found: dict[str, float | str | None] = {}
+        graphs: dict[str, list[Callable[[], object]]] = {}
+        for name, run in runs.items():
+            if isinstance(run, str):
+                found[name] = run
+                continue
+            try:
+                graphs[name], captured = self._prepare(run, copies, rotating, reset)
+            except Exception as error:  # a peer may not know this shape, device or dtype
+                if name.startswith("ours"):
+                    raise
+                found[name] = f"failed: {type(error).__name__}"
+                continue
+            if not captured:
+                notes.append(f"{name} not captured")
+        times: dict[str, list[float]] = {name: [] for name in graphs}
+        for i in range(self.rounds):
+            order = list(graphs)
+            for name in order[i % len(order) :] + order[: i % len(order)]:
+                if reset:
+                    for c in range(copies):
+                        reset(c)
+                calls = copies if rotating else 1
+                times[name] += [self._timed(replay, rotating) / calls for replay in graphs[name]]
+        found |= {name: median(x) for name, x in times.items()}
+        return Times(found, self.bandwidth, notes)
+
+    def _prepare(self, run, copies, rotating, reset):
+        """What replays a contender: one graph of all its sets, or one for each; and whether they could be captured."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # warm up: lazy initialisation, compilation, tuning
+            for _ in range(2):
+                for c in range(min(copies, 3)):
+                    run(c)
+                    if reset:
+                        reset(c)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        sets = [range(copies)] if rotating else [range(c, c + 1) for c in range(min(copies, 16))]
+        replays = []
+        try:
+            for some in sets:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    for c in some:
+                        run(c)
+                replays.append(graph.replay)
+        except Exception:
+            torch.cuda.synchronize()
+            return [lambda some=some: [run(c) for c in some] for some in sets], False
+        return replays, True
+
+    def _timed(self, replay: Callable[[], object], rotating: bool) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if not rotating:
+            self.flusher.zero_()
+        torch.cuda._sleep(200_000)  # about 0.1 ms, in which the launch reaches the GPU
+        start.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def _read_bandwidth(self) -> float:
+        room = int(min(4 << 30, 0.5 * torch.cuda.mem_get_info()[0]))
+        x = torch.ones(room // 4, dtype=torch.float32, device=self.device)
+        best = min(self._timed(read, True) for read in (x.sum, x.amax) for _ in range(7))
+        return x.nbytes / best
+
+    def peak(self) -> float:
+        if self._peak is None:
+            n = 8192
+            a, b = (self.randn(n, n, dtype=torch.bfloat16) for _ in range(2))
+            self._peak = 2 * n**3 / min(self._timed(lambda: a @ b, True) for _ in range(12))
+        return self._peak
+
+    def _profile(self, runs, copies) -> None:
+        """Each contender in an NVTX range of its name, between cudaProfilerStart and cudaProfilerStop."""
+        able = {name: run for name, run in runs.items() if not isinstance(run, str)}
+        for run in able.values():
+            for _ in range(2):
+                run(0)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        for name, run in able.items():
+            torch.cuda.nvtx.range_push(name)
+            for c in range(min(copies, 5)):
+                run(c)
+            torch.cuda.nvtx.range_pop()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        print(profile_command(self.options.profile))
+        raise SystemExit(0)
+
+    def machine(self) -> dict[str, Any]:
+        p = self.properties
+        return {
+            "gpu": p.name, "multiprocessors": p.multi_processor_count, "l2_mb": self.cache / 2**20,
+            "capability": f"{p.major}.{p.minor}", "torch": torch.__version__, "cuda": torch.version.cuda,
+            "read_gb_per_s": self.bandwidth / 1e9,
+            "peak_tflops": self._peak / 1e12 if self._peak else None,
+        }  # fmt: skip
+
+
+def _seconds(run: Callable[[int], object], c: int) -> float:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
-    run()
+    run(c)
     return clock() - start
-
-
-def compare(runs: dict[str, Callable[[int], object]], copies: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each ``run(copy)``. Each goes through all copies (slow ones: 3) before the next one's turn."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # warm up: pages of memory, lazy initialisation
-        run(0)
-    for i in range(rounds):
-        order = list(runs)
-        for name in order[i % len(order) :] + order[: i % len(order)]:
-            start = time.perf_counter()
-            for c in range(copies):
-                if c >= 3 and time.perf_counter() - start > 0.3:
-                    break
-                times[name].append(seconds(lambda c=c, name=name: runs[name](c)))
-    return {name: median(x) for name, x in times.items()}
-
-
-def copies_for(nbytes: int, total: int = 400 << 20) -> int:
-    return max(3, min(48, total // nbytes))
 
 
 def stream(*tensors: Tensor) -> None:
@@ -72,44 +362,121 @@ def stream(*tensors: Tensor) -> None:
         _C.probe_read(x.data_ptr(), x.nbytes)
 
 
-def peak_flops() -> float:
-    """Of one core, multiplied by the threads."""
-    done = 0
-
-    def run() -> None:
-        nonlocal done
-        done = _C.probe_fma(3_000_000)
-
-    return max(done / seconds(run) for _ in range(5)) * torch.get_num_threads()
+def profile_command(tool: str) -> str:
+    script = Path(sys.argv[0])
+    run = shlex.join([Path(sys.executable).name, str(script), "--device", "cuda", "--profile", tool])
+    if tool == "nsys":
+        return f"nsys profile --capture-range=cudaProfilerApi --trace=cuda,nvtx -o {script.stem} {run}"
+    return f'ncu --profile-from-start off --nvtx --nvtx-include "ours/" --set full -o {script.stem} {run}'
 
 
-def paged(k: Tensor, v: Tensor, page_size: int = 16, shuffled: bool = False) -> tuple[Tensor, ...]:
-    """k_pages, v_pages, table, counts, positions of dense [R, H, n, D] keys and values; n is a multiple of the page."""
-    rows, heads, n, _ = k.shape
+# --- inputs of several scripts ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pages:
+    """One layer's storage: full heads, pages in random order. ``in_order``: the table that makes the pools dense."""
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    counts: Tensor
+    positions: Tensor
+    in_order: Tensor
+
+    def args(self, in_order: bool = False) -> tuple[Tensor, ...]:
+        return (self.k, self.v, self.in_order if in_order else self.table, self.counts, self.positions)
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        return (self.k, self.table, self.counts, self.positions)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, H, n, D] as the table in order has them; the pools' own memory."""
+        rows, heads, width = self.table.shape
+        size = self.k.shape[1]
+        return tuple(x.view(rows, heads, width * size, x.shape[2]) for x in (self.k, self.v))  # type: ignore[return-value]
+
+
+def pages_of(
+    bench: Bench, rows: int, heads: int, n: int, dim: int, dtype: torch.dtype, *, page_size: int = 16
+) -> Pages:
+    """n entries, a multiple of the page, in each head."""
     width = n // page_size
-    table = torch.arange(rows * heads * width, dtype=torch.int32)
-    if shuffled:
-        table = table[torch.randperm(len(table))]
-    pools = []
-    for x in (k, v):
-        pool = torch.empty(len(table), page_size, x.shape[-1], dtype=x.dtype)
-        pool[table.long()] = x.reshape(len(table), page_size, -1)
-        pools.append(pool)
-    counts = torch.full((rows, heads), n, dtype=torch.int32)
-    positions = torch.arange(n, dtype=torch.int32).repeat(rows, heads, 1)
-    return (*pools, table.view(rows, heads, width), counts, positions)
+    count = rows * heads * width
+    order = torch.randperm(count, device=bench.device).int()
+    counts = torch.full((rows, heads), n, dtype=torch.int32, device=bench.device)
+    positions = torch.arange(n, dtype=torch.int32, device=bench.device).repeat(rows, heads, 1)
+    return Pages(
+        bench.randn(count, page_size, dim, dtype=dtype), bench.randn(count, page_size, dim, dtype=dtype),
+        order.view(rows, heads, width), counts, positions,
+        torch.arange(count, dtype=torch.int32, device=bench.device).view(rows, heads, width),
+    )  # fmt: skip
 
 
-def report(rows: list[dict], columns: dict[str, str], options: argparse.Namespace) -> None:
-    """Print the rows (column -> format) and write them with the machine's description."""
-    lines = [list(columns)] + [[format(row[name], f) for name, f in columns.items()] for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- running a script -------------------------------------------------------------------------------------------------
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda", "emulated"))
+    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds")
+    parser.add_argument("--full", action="store_true", help="all shapes")
+    parser.add_argument("--seconds", type=float, help="begin no more cases after this long (GPU: 60 unless --full)")
+    parser.add_argument("--profile", choices=("nsys", "ncu"), help="run the first case for a profiler")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu", type=int, help="pin to this core (one thread)")
+    options = parser.parse_args()
+    usable = torch.cuda.is_available() and _C.cuda_info()["compiled"]
+    options.device = options.device or ("cuda" if usable else "cpu")
+    if options.device == "cuda" and not usable:
+        print("No GPU here, or kvcache was built without nvcc: one small case under emulation.", flush=True)
+        options.device = "emulated"
+    torch.set_num_threads(options.threads)
+    if options.cpu is not None and options.threads == 1:
+        os.sched_setaffinity(0, {options.cpu})
+    return options
+
+
+def main(
+    description: str | None, shapes: Callable[[Bench], list[tuple]], measure: Callable[..., Iterable[dict]]
+) -> None:
+    """Measure all ``shapes(bench)``; each ``measure(bench, *shape)`` gives some rows."""
+    options = arguments(description)
+    if options.profile and options.device != "cuda":
+        print(f"On a machine with a GPU: {profile_command(options.profile)}")
+        return
+    bench = {"cpu": Bench, "cuda": CudaBench, "emulated": EmulatedBench}[options.device](options)
+    limit = options.seconds or (60 if bench.kind == "cuda" and not options.full else float("inf"))
+    rows: list[dict[str, Any]] = []
+    for shape in shapes(bench):
+        if time.monotonic() - bench.started > limit:
+            print(f"left out, the time was up: {shape}", flush=True)
+            continue
+        rows += measure(bench, *shape)
+        if options.out:  # after every case: whoever stops the script keeps what it has
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({"machine": bench.machine(), "rows": rows}, indent=1) + "\n")
+    print(", ".join(f"{name}: {number(value)}" for name, value in bench.machine().items()))
+    table(rows)
+
+
+def number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    head = [name for name in dict.fromkeys(n for row in rows for n in row) if name != "all"]
+    lines = [head] + [[number(row.get(name)) for name in head] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
-    if options.out:
-        machine = {
-            "cpu": platform.processor() or platform.machine(), "isa": _C.isa, "torch": torch.__version__,
-            "threads": options.threads, "clock": "CPU time" if options.threads == 1 else "wall",
-        }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
