@@ -3,7 +3,7 @@
     python bench/kernels/selection.py [options: bench/kernels/common.py]
 
 "scores": q·K over all pages, softmax per head, vote; "topk"; "attend" over the selection; "exact" is the three in a
-row. "page scores": bounds of all pages; "two-stage" is bounds, shortlist (one page in eight), exact vote inside it, top
+row. "page scores": bounds of all pages; "two-stage" is bounds, shortlist (a page in eight), exact vote inside it, top
 k and attention. "dense" reads everything. Keys come in stretches of 60 tokens about one thing and the query is about
 three of them, so that a shortlist can be right; "recall" is the share of the exact selection that "two-stage" finds.
 
@@ -19,7 +19,8 @@ from common import DTYPES, Bench, main, name_of, pages_of
 from kvcache import ops
 from kvcache.ops.two_stage import selection_recall, two_stage_selection
 
-SINKS, LOCAL, SHARE = 128, 512, 8  # protected at either end; one page in SHARE is on the shortlist
+SINKS, LOCAL = 128, 512  # protected at either end
+SHARE, TIMES = 8, 4  # the shortlist: one page in SHARE, and at least room for TIMES k entries
 
 
 def shapes(bench: Bench) -> list[tuple]:
@@ -58,7 +59,7 @@ def measure(bench, context, query_heads, heads, dim, k, kind):
     sinks, local = min(SINKS, context // 16), min(LOCAL, context // 8)
     first, end, width = bench.ints([sinks]), bench.ints([context - local]), sinks + local + k
     best = bench.ints([[k]])
-    shortlist = max(context // 16 // SHARE, -(-width // 16) + 1)
+    shortlist = max(context // 16 // SHARE, -(-(sinks + local + TIMES * k) // 16) + 2)
     plan = None if bench.kind == "cpu" else ops.plan_decode(pages[0].counts[None], 0, context)[0]
     bounds = [torch.zeros(len(x.k), 2, dim, dtype=dtype, device=bench.device) for x in pages]
     for x, y in zip(pages, bounds):
