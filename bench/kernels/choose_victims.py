@@ -7,7 +7,8 @@ score and the position of every entry.
 """
 
 import torch
-from common import Bench, main, pages_of
+from common import main, pages_of
+from devices import Bench
 
 from kvcache import ops
 

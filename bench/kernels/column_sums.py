@@ -8,7 +8,8 @@ window.
 """
 
 import torch
-from common import DTYPES, Bench, main, name_of, pages_of
+from common import DTYPES, main, name_of, pages_of
+from devices import Bench
 
 from kvcache import ops
 

@@ -8,7 +8,8 @@ shares out the entries of 32 layers, once per step, and is not part of the other
 """
 
 import torch
-from common import DTYPES, Bench, main, name_of, pages_of
+from common import DTYPES, main, name_of, pages_of
+from devices import Bench
 from peers import Work, attention_peers
 
 from kvcache import ops

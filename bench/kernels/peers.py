@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import NOT_INSTALLED, Bench, Pages, Run
+from common import NOT_INSTALLED, Pages
+from devices import Bench, Run
 from torch import Tensor
 
 
@@ -73,7 +74,7 @@ class Work:
 
     def small(self) -> bool:
         """Whether the truth can be computed in passing."""
-        return self.rows * self.query_heads * self.tokens * self.n < 2**30
+        return self.rows * self.query_heads * self.tokens * self.n <= 2**29
 
     def checked(self, run: Callable[[int], Tensor], logical: Callable[[], tuple[Tensor, Tensor]]) -> Run:
         """``run``, whose output has R * T * Hq * D elements in that order, if its first result is right."""

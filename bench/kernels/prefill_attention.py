@@ -8,7 +8,8 @@ float32 peak that is the limit there.
 """
 
 import torch
-from common import DTYPES, Bench, main, name_of, pages_of
+from common import DTYPES, main, name_of, pages_of
+from devices import Bench
 from peers import Work, attention_peers
 
 from kvcache import ops

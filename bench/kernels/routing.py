@@ -6,7 +6,8 @@ torch's nonzero waits for the GPU, so that it cannot be part of a captured step.
 """
 
 import torch
-from common import DTYPES, Bench, main, name_of
+from common import DTYPES, main, name_of
+from devices import Bench
 
 from kvcache import ops
 

@@ -14,7 +14,8 @@ and values that a step has to read.
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, Bench, main, name_of, pages_of
+from common import DTYPES, main, name_of, pages_of
+from devices import Bench
 
 from kvcache import ops
 from kvcache.ops.two_stage import selection_recall, two_stage_selection

@@ -7,7 +7,8 @@ What an op changes is put back between calls, outside the measured time.
 """
 
 import torch
-from common import DTYPES, Bench, main, name_of, pages_of
+from common import DTYPES, main, name_of, pages_of
+from devices import Bench
 
 from kvcache import ops
 

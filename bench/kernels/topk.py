@@ -7,7 +7,8 @@ slots and breaks ties by position. "equal" scores are the worst case of a radix 
 """
 
 import torch
-from common import NOT_INSTALLED, Bench, main
+from common import NOT_INSTALLED, main
+from devices import Bench
 from peers import module
 
 from kvcache import ops

@@ -16,7 +16,8 @@ from support.pretend_gpu import pretend_gpu
 from kvcache import ops
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "bench/kernels"
-NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if p.stem not in ("common", "peers"))
+HELPERS = ("common", "devices", "peers")
+NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if p.stem not in HELPERS)
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def as_script(name, *options):
             yield lambda: runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
         finally:
             ops.set_backend(before)
-            for module in ("common", "peers"):
+            for module in HELPERS:
                 sys.modules.pop(module, None)
 
 
@@ -95,7 +96,7 @@ def test_gpu_side(name, captures, tmp_path, capsys):
 
     more = {} if captures else {"graph": refuse}
     with use("emulated"), as_script(name, "--device", "cuda", "--out", tmp_path / "rows.json", "--quick") as run:
-        from common import CudaBench
+        from devices import CudaBench
 
         small = mock.patch.multiple(CudaBench, kind="emulated", peak=lambda _: 1e12)
         with pretended(**more), pretend_gpu(emulated=True), small:
