@@ -37,8 +37,8 @@ def machine(row: dict[str, Any]) -> str:
     """The line below a table: where its numbers come from."""
     threads = row.get("threads", 1)
     parts = [
-        str(row.get("cpu", "")),
-        f"{threads} thread{'s' if threads != 1 else ''}",
+        str(row.get("gpu") or row.get("cpu", "")),
+        "" if "gpu" in row else f"{threads} thread{'s' if threads != 1 else ''}",
         f"{row['isa']} kernels" if "isa" in row else "",
         f"torch {row['torch']}" if "torch" in row else "",
         f"transformers {row['transformers']}" if "transformers" in row else "",

@@ -1,87 +1,71 @@
-"""Paged decode attention against torch's scaled_dot_product_attention.
+"""Paged decode attention, one query per row, against torch's SDPA and, on a GPU, other people's kernels.
 
-    python bench/kernels/decode_attention.py [--out FILE.json] [--threads 1] [--cpu N] [--quick]
+    python bench/kernels/decode_attention.py [options: bench/kernels/common.py]
 
-SDPA reads contiguous keys and values, ours reads pages of 16 entries: "in order", as a fresh pool hands them out, or
-"shuffled", every page anywhere. "SDPA" is the better of the two ways in which models call it: enable_gqa, or repeat_kv
-with its copy. "By hand" is the better of two that nobody calls but that are faster for one token: the group packed as
-queries of one head (SDPA "packed"), and that as two matmuls and a softmax ("matmul").
-Both results are compared before anything is timed.
+Pages of 16 entries lie in random order. Peers read contiguous keys and values, or pages of their own layout.
+"statistics" is what heavy hitters cost: the attention probabilities added to the score column in the same call. "plan"
+shares out the entries of 32 layers, once per step, and is not part of the other times.
 """
 
 import torch
-import torch.nn.functional as F
-from common import DTYPES, arguments, compare, copies_for, paged, peak_flops, report, stream
+from common import DTYPES, main, name_of, pages_of
+from devices import Bench
+from peers import Work, attention_peers
 
 from kvcache import ops
 
-SHAPES = [  # context, query heads, kv heads, head size
-    (8192, 32, 8, 128),
-    (32768, 32, 8, 128),
-    (8192, 8, 2, 64),
-    (32768, 8, 2, 64),
-]
-COLUMNS = {
-    "context": "d", "heads": "s", "dtype": "s", "pages": "s", "ours ms": ".3f", "GB/s": ".1f", "limit GB/s": ".1f",
-    "% of limit": ".0f", "SDPA ms": ".3f", "ratio": ".2f", "by hand ms": ".3f", "by hand": "s", "ratio by hand": ".2f",
-}  # fmt: skip
+
+def shapes(bench: Bench) -> list[tuple]:
+    """rows, context, query heads, kv heads, head size, dtype"""
+    if bench.kind == "emulated":
+        return [(2, 320, 8, 2, 64, "bfloat16")]
+    if bench.kind == "cpu":
+        some = [(1, 8192, 32, 8, 128), (1, 32768, 32, 8, 128), (1, 8192, 8, 2, 64), (1, 32768, 8, 2, 64)]
+        kinds = ("float32", "bfloat16") if bench.options.quick else DTYPES
+        return [(*shape, kind) for shape in (some[::2] if bench.options.quick else some) for kind in kinds]
+    if bench.options.full:
+        heads = ((32, 8), (32, 4), (64, 8), (8, 8))
+        contexts = (1024, 4096, 16384, 32768, 131072)
+        return [(b, n, *h, 128, "bfloat16") for h in heads for n in contexts for b in (1, 4, 8, 32, 128)]
+    some = [
+        (1, 4096, 32, 8), (1, 32768, 32, 8), (8, 32768, 32, 8), (1, 32768, 32, 4), (1, 1024, 32, 8), (8, 4096, 32, 8),
+        (32, 4096, 64, 8), (1, 131072, 32, 8), (8, 16384, 8, 8), (128, 4096, 32, 8),
+    ]  # fmt: skip
+    return [(*shape, 128, "bfloat16") for shape in (some[:3] if bench.options.quick else some)]
 
 
-def sdpa_ways(q, k, v, scale):
-    group = q.shape[1] // k.shape[1]
-    packed = q.view(1, k.shape[1], group, -1)
-    return {
-        "enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True),
-        "repeat_kv": lambda: F.scaled_dot_product_attention(
-            q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), scale=scale
-        ),
-        "packed": lambda: F.scaled_dot_product_attention(packed, k, v, scale=scale),
-        "matmul": lambda: ((packed @ k.transpose(-1, -2)) * scale).float().softmax(-1).to(v.dtype) @ v,
-    }
+def measure(bench, rows, context, query_heads, heads, dim, kind):
+    dtype, scale = DTYPES[kind], dim**-0.5
+    nbytes = 2 * rows * heads * context * dim * dtype.itemsize
+    cells = {"rows": rows, "context": context, "heads": f"{query_heads}/{heads}x{dim}", "dtype": name_of(dtype)}
+    if not bench.fits(nbytes):
+        print(f"does not fit this device: {cells}")
+        return []
+    copies = bench.copies(nbytes)
+    pages = [pages_of(bench, rows, heads, context, dim, dtype) for _ in range(copies)]
+    q = [bench.randn(rows, query_heads, dim, dtype=dtype) for _ in range(copies)]
+    statistics = [torch.zeros(x.positions.shape, device=bench.device) for x in pages]
+    plan = None if bench.kind == "cpu" else ops.plan_decode(pages[0].counts[None], 0, context)[0]
 
+    def call(c, in_order=False, **changes):
+        nothing = (None, None, None, None, None)
+        arguments = {"statistics": None, "scale": scale, "plan": plan, **changes}
+        return ops.decode_attention(q[c], *pages[c].args(in_order), *nothing, **arguments)[0]
 
-def measure(context, query_heads, heads, dim, dtype, shuffled, rounds, peak):
-    nbytes = 2 * heads * context * dim * dtype.itemsize
-    copies = copies_for(nbytes)
-    scale = dim**-0.5
-    dense = [torch.randn(2, 1, heads, context, dim).to(dtype) for _ in range(copies)]
-    q = torch.randn(1, query_heads, dim).to(dtype)
-    pages = [paged(k, v, shuffled=shuffled) for k, v in dense]
-
-    def ours(c):
-        return ops.decode_attention(q, *pages[c], None, None, None, None, None, None, scale)[0]
-
-    ways = [sdpa_ways(q[:, :, None], k, v, scale) for k, v in dense]
-    for way in ways[0].values():
-        error = (ours(0).float() - way().reshape(1, query_heads, dim).float()).abs().max()
-        assert error < (1e-5 if dtype == torch.float32 else 2e-2), error
-    runs = {"ours": ours, "stream": lambda c: stream(*pages[c][:2])}
-    runs |= {name: (lambda c, name=name: ways[c][name]()) for name in ways[0]}
-    times = compare(runs, copies, rounds)
-    sdpa = min(("enable_gqa", "repeat_kv"), key=times.__getitem__)
-    hand = min(("packed", "matmul"), key=times.__getitem__)
-    limit = max(times["stream"], 4 * context * dim * query_heads / peak)
-    return {
-        "context": context, "heads": f"{query_heads}/{heads}x{dim}", "dtype": str(dtype).removeprefix("torch."),
-        "pages": "shuffled" if shuffled else "in order", "ours ms": times["ours"] * 1e3,
-        "GB/s": nbytes / times["ours"] / 1e9, "limit GB/s": nbytes / limit / 1e9,
-        "% of limit": 100 * limit / times["ours"], "SDPA ms": times[sdpa] * 1e3, "ratio": times[sdpa] / times["ours"],
-        "by hand ms": times[hand] * 1e3, "by hand": hand, "ratio by hand": times[hand] / times["ours"],
-        "all ms": {name: t * 1e3 for name, t in times.items()},
-    }  # fmt: skip
-
-
-def main():
-    options = arguments(__doc__)
-    peak = peak_flops()
-    rows = []
-    for shape in SHAPES[::2] if options.quick else SHAPES:
-        for name in ("float32", "bfloat16") if options.quick else DTYPES:
-            for shuffled in (False, True):
-                rounds = 2 if options.quick else 4
-                rows.append(measure(*shape, DTYPES[name], shuffled, rounds, peak))
-    report(rows, COLUMNS, options)
+    peers, names = attention_peers(Work(bench, [x[:, :, None] for x in q], pages, scale), lambda c: call(c, True))
+    runs = {"ours": call, "ours, statistics": lambda c: call(c, statistics=statistics[c]), **peers}
+    if bench.kind != "cpu":
+        layers = pages[0].counts.repeat(32, 1, 1)
+        runs["ours, plan"] = lambda c: ops.plan_decode(layers, 0, context)
+    times = bench.compare(runs, copies, pools=lambda c: (pages[c].k, pages[c].v))
+    flops = 4 * rows * query_heads * context * dim if bench.kind == "cpu" else 0  # a GPU's are never the limit
+    row = bench.row(cells, times, nbytes=nbytes, flops=flops, peers=names)
+    plain, counted = times.seconds["ours"], times.seconds["ours, statistics"]
+    row["statistics +%"] = 100 * (counted / plain - 1) if plain and counted else None
+    if "ours, plan" in runs:
+        row[f"plan {bench.time_unit}"] = bench.shown(times.seconds["ours, plan"])
+    return [row]
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, shapes, measure)

@@ -1,69 +1,64 @@
-"""Paged prefill attention of a causal prompt against torch's scaled_dot_product_attention.
+"""Paged prefill attention against torch's SDPA and, on a GPU, other people's kernels: prompts, chunks and drafts.
 
-    python bench/kernels/prefill_attention.py [--out FILE.json] [--threads 1] [--cpu N] [--quick]
+    python bench/kernels/prefill_attention.py [options: bench/kernels/common.py]
 
-Flops are those of the visible half of the scores, 2 products of 2 * T^2 / 2 * D per head; what a kernel spends on the
-hidden half counts against it. On processors with AMX, torch multiplies bfloat16 in it, which is faster than the
-float32 peak that is the limit here.
+The last of T queries sees the last entry, all are causal. Flops are those of the visible scores; what a kernel spends
+on hidden ones counts against it. On processors with AMX, torch multiplies bfloat16 in it, which is faster than the
+float32 peak that is the limit there.
 """
 
 import torch
-import torch.nn.functional as F
-from common import DTYPES, arguments, compare, paged, peak_flops, report
+from common import DTYPES, main, name_of, pages_of
+from devices import Bench
+from peers import Work, attention_peers
 
 from kvcache import ops
 
-SHAPES = [  # tokens, query heads, kv heads, head size
-    (512, 32, 8, 128),
-    (2048, 32, 8, 128),
-    (4096, 8, 2, 64),
-    (2048, 8, 8, 128),
-]
-COLUMNS = {
-    "tokens": "d", "heads": "s", "dtype": "s", "ours ms": ".1f", "GFLOP/s": ".0f", "peak GFLOP/s": ".0f",
-    "% of limit": ".0f", "SDPA ms": ".1f", "SDPA way": "s", "ratio": ".2f",
-}  # fmt: skip
+
+def shapes(bench: Bench) -> list[tuple]:
+    """rows, queries, context, query heads, kv heads, head size, dtype"""
+    if bench.kind == "emulated":
+        return [(2, 5, 144, 8, 2, 64, "bfloat16"), (1, 80, 80, 4, 2, 128, "float16")]
+    if bench.kind == "cpu":
+        some = [(512, 32, 8, 128), (2048, 32, 8, 128), (4096, 8, 2, 64), (2048, 8, 8, 128)]
+        kinds = ("float32", "bfloat16") if bench.options.quick else DTYPES
+        return [(1, s[0], *s, kind) for s in (some[:2] if bench.options.quick else some) for kind in kinds]
+    some = [
+        (1, 4096, 4096, 32, 8, 128), (1, 16384, 16384, 32, 8, 128), (1, 512, 32768, 32, 8, 128),
+        (8, 5, 8192, 32, 8, 128), (1, 512, 512, 32, 8, 128), (4, 2048, 2048, 32, 32, 64),
+        (1, 4096, 4096, 16, 8, 256),
+    ]  # fmt: skip
+    if bench.options.full:
+        some += [(b, t, n, *h, 128) for h in ((32, 8), (64, 8), (8, 8)) for b, t, n in (
+            (1, 1024, 1024), (8, 2048, 2048), (1, 32768, 32768), (1, 2048, 131072), (1, 16, 131072), (32, 3, 4096),
+        )]  # fmt: skip
+    return [(*shape, "bfloat16") for shape in (some[:2] if bench.options.quick else some)]
 
 
-def measure(tokens, query_heads, heads, dim, dtype, rounds, peak):
-    scale = dim**-0.5
-    k, v = torch.randn(2, 1, heads, tokens, dim).to(dtype)
-    q = torch.randn(1, query_heads, tokens, dim).to(dtype)
-    pages = paged(k, v, shuffled=True)
-    positions = torch.arange(tokens, dtype=torch.int32)[None]
-    group = query_heads // heads
-
-    def ours(_):
-        return ops.prefill_attention(q, *pages, positions, None, None, None, None, None, None, scale)[0]
-
-    def enable_gqa(_):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-
-    def repeat_kv(_):
-        wide = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return F.scaled_dot_product_attention(q, *wide, is_causal=True, scale=scale)
-
-    error = (ours(0).transpose(1, 2).float() - enable_gqa(0).float()).abs().max()
-    assert error < (1e-5 if dtype == torch.float32 else 4e-2), error
-    times = compare({"ours": ours, "enable_gqa": enable_gqa, "repeat_kv": repeat_kv}, 1, rounds)
-    best = min(("enable_gqa", "repeat_kv"), key=times.__getitem__)
-    flops = 2 * tokens * tokens * dim * query_heads
-    return {
-        "tokens": tokens, "heads": f"{query_heads}/{heads}x{dim}", "dtype": str(dtype).removeprefix("torch."),
-        "ours ms": times["ours"] * 1e3, "GFLOP/s": flops / times["ours"] / 1e9, "peak GFLOP/s": peak / 1e9,
-        "% of limit": 100 * flops / peak / times["ours"], "SDPA ms": times[best] * 1e3, "SDPA way": best,
-        "ratio": times[best] / times["ours"], "all ms": {name: t * 1e3 for name, t in times.items()},
+def measure(bench, rows, tokens, context, query_heads, heads, dim, kind):
+    dtype, scale = DTYPES[kind], dim**-0.5
+    nbytes = 2 * rows * heads * context * dim * dtype.itemsize
+    cells = {
+        "rows": rows, "queries": tokens, "context": context, "heads": f"{query_heads}/{heads}x{dim}",
+        "dtype": name_of(dtype),
     }  # fmt: skip
+    if not bench.fits(2 * nbytes):
+        print(f"does not fit this device: {cells}")
+        return []
+    copies = 1 if bench.kind == "cpu" else bench.copies(nbytes + 2 * rows * tokens * query_heads * dim * dtype.itemsize)
+    pages = [pages_of(bench, rows, heads, context, dim, dtype) for _ in range(copies)]
+    q = [bench.randn(rows, query_heads, tokens, dim, dtype=dtype) for _ in range(copies)]
+    place = torch.arange(context - tokens, context, dtype=torch.int32, device=bench.device).repeat(rows, 1)
 
+    def call(c, in_order=False):
+        nothing = (None, None, None, None, None, None)
+        return ops.prefill_attention(q[c], *pages[c].args(in_order), place, *nothing, scale)[0]
 
-def main():
-    options = arguments(__doc__)
-    rows = []
-    for shape in SHAPES[:2] if options.quick else SHAPES:
-        for name in ("float32", "bfloat16") if options.quick else DTYPES:
-            rows.append(measure(*shape, DTYPES[name], 3 if options.quick else 7, peak_flops()))
-    report(rows, COLUMNS, options)
+    peers, names = attention_peers(Work(bench, q, pages, scale), lambda c: call(c, True))
+    times = bench.compare({"ours": call, **peers}, copies, pools=lambda c: (pages[c].k, pages[c].v, q[c]))
+    flops = 4 * rows * query_heads * dim * tokens * (context - (tokens - 1) / 2)
+    return [bench.row(cells, times, nbytes=nbytes, flops=flops, peers=names)]
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, shapes, measure)
