@@ -19,7 +19,7 @@ PIP     = $(PY) -m pip --disable-pip-version-check install -q
 HAVE   := $(shell $(PYTHON) -c "import importlib.util as u; print(int(all(u.find_spec(m) for m in ('torch', 'pybind11', 'scikit_build_core', 'pytest'))))")
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo lint build format clean gpu gpu-build gpu-test gpu-sanitize kernel-report
+.PHONY: test demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report
 
 test: build lint
 	$(PY) -m pytest -q $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(int(bool(u.find_spec('xdist'))))")),-n 2) $(ARGS)
@@ -60,7 +60,7 @@ NO_VENV = $(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt-
 
 # --- on a machine with a GPU and nvcc, also without a network. Each part ends by itself, within ten minutes.
 SANITIZE_TESTS ?= tests/ops
-gpu: gpu-test gpu-sanitize
+gpu: gpu-test gpu-sanitize gpu-bench
 
 gpu-build: $(VENV)/ready
 	nvidia-smi -L || { echo "make gpu needs a GPU: nvidia-smi names none"; exit 1; }
@@ -80,6 +80,9 @@ gpu-sanitize: gpu-build
 	    $(PY) -m pytest -q -x -m cuda $(SANITIZE_TESTS) 2>&1 | tail -3; \
 	  tail -2 build/gpu/sanitizer-$$tool.log; \
 	done
+
+gpu-bench: gpu-build
+	timeout 570 $(PY) bench/gpu.py --minutes 9
 
 # No GPU needed: what the compiler says of every kernel, for docs/kernels.md.
 kernel-report:
