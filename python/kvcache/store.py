@@ -89,7 +89,9 @@ class PageStorage:
 
     def trim(self) -> None:
         """Give memory back if less than half of the pages are used: live pages move together, tables follow."""
-        capacity = self.pool.used + self.pool.used // 8 + 8
+        # A step adds an entry to every head before it evicts one: that may take a page more for each.
+        heads = sum(layer.rows * layer.heads for layer in self.layers)
+        capacity = self.pool.used + min(heads, self.pool.used // 8) + 8
         if 2 * capacity > self.pool.capacity:
             return
         moved = torch.from_numpy(np.asarray(self.pool.relocate(capacity)))
@@ -188,6 +190,17 @@ class LayerStore:
         self.columns = pad(self.columns, (0, more * self.storage.page_size))
         self._bind()
 
+    def _narrow(self) -> None:
+        """Give back most of table and columns where fewer than half of the slots are still in use."""
+        width = self.max_count // self.storage.page_size + 1  # room for one more entry
+        if 2 * width > self.table.shape[2]:
+            return
+        slots = width * self.storage.page_size
+        self.table = self.table[..., :width].contiguous()
+        self.positions = self.positions[..., :slots].contiguous()
+        self.columns = self.columns[..., :slots].contiguous()
+        self._bind()
+
     # -- changes ----------------------------------------------------------------------------------------------------
 
     def append(
@@ -282,6 +295,7 @@ class LayerStore:
             pool.shrink(self.table_host, self.counts_host)
             self.upload_table()
         self.max_count = int(self.counts_host.max(initial=0))
+        self._narrow()
 
     def overwrite(self, victims: Tensor) -> None:
         """Evict one slot ``victims`` [R, H] int32 of each head (-1: none), in place."""
