@@ -61,7 +61,11 @@ def evicted_by_mask(model: Any, new: Tensor) -> Tensor:
         mask = plain(*args, **{**kwargs, "allow_is_causal_skip": False})
         calls.append(mask)
         query, key = torch.arange(mask.shape[-2])[:, None], torch.arange(mask.shape[-1])
-        hidden = (query >= PROMPT) & (key >= SINKS) & (key < query - KEPT)
+        window = kwargs.get("local_size")
+        if window is None:
+            hidden = (query >= PROMPT) & (key >= SINKS) & (key < query - KEPT)
+        else:  # kvcache's rule: the whole budget is recent there, as the window hides the sinks anyway
+            hidden = (query >= PROMPT) & (key < query - min(SINKS + KEPT, window - 1))
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     registry["eager"] = hiding
