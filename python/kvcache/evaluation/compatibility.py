@@ -1,6 +1,7 @@
 """Which causal LMs of the installed transformers work: a tiny model of every class, wrapped against unwrapped.
 
-python -m kvcache.evaluation.compatibility [--only NAME ...] [--jobs N] [--json FILE] [--timeout S]
+python -m kvcache.evaluation.compatibility [--only NAME ...] [--jobs N] [--json FILE] [--again] [--docs FILE]
+    [--timeout S]
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import multiprocessing
 import resource
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,14 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .console import console, ticking
+from .tiny_models import WINDOW, tiny_model
 
 SINKS, KEPT, PROMPT, NEW = 4, 12, 40, 24
+TIERS = ("handle", "materialised", "pre-hook", "own")
 LIVELY = 3  # different tokens among NEW: below that, errors could hide behind one token repeated
-STRENGTHS = (1.0, 2.0, 4.0)  # of the random weights, tried in this order until the model is lively
+#: Seed and strength of the random weights, tried in this order until the model is lively.
+ATTEMPTS = ((0, 1.0), (1, 2.0), (2, 1.0), (3, 4.0), (4, 0.5), (5, 2.0))
+SLIDING = "eviction: sliding layers keep sinks + window recent tokens where docs/policies.md says window"
 MEMORY = 12 << 30  # bytes of address space on top of the parent's: a hog ends itself, not the sweep
 
 
@@ -52,9 +58,10 @@ def continued(model: Any, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def evicted_by_mask(model: Any, new: Tensor) -> Tensor:
+def evicted_by_mask(model: Any, new: Tensor, sinks: int, window: int, sliding: int | None = None) -> Tensor:
     """The tokens [1, NEW] that the unwrapped model wants after each of ``new`` [1, NEW] when StreamingLLM's closed
-    form hides keys: a query past the prompt sees the sinks, the KEPT tokens before it and itself."""
+    form (docs/policies.md) hides keys: a query past the prompt sees the first ``sinks`` tokens, the last ``window``
+    before it and itself. ``sliding``: the recent tokens of layers with a sliding window, which then have no sinks."""
     registry = transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     plain = registry["eager"]
     calls = []
@@ -65,7 +72,8 @@ def evicted_by_mask(model: Any, new: Tensor) -> Tensor:
             return None
         calls.append(mask)
         query, key = torch.arange(mask.shape[-2])[:, None], torch.arange(mask.shape[-1])
-        hidden = (query >= PROMPT) & (key >= SINKS) & (key < query - KEPT)
+        first, last = (sinks, window) if sliding is None or kwargs.get("local_size") is None else (0, sliding)
+        hidden = (query >= PROMPT) & (key >= first) & (key < query - last)
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     registry["eager"] = hiding
@@ -75,8 +83,31 @@ def evicted_by_mask(model: Any, new: Tensor) -> Tensor:
     finally:
         registry["eager"] = plain
     if not calls:
-        raise NotImplementedError("the model makes masks of its own: no dense oracle")
+        raise NotImplementedError("no dense oracle: the model makes its own masks")
     return logits[:, PROMPT - 1 :].argmax(-1)
+
+
+def eviction(model: Any, truth: Tensor) -> dict[str, str]:
+    """The wrapped model under StreamingLLM against the closed form; ``truth`` [1, NEW]: its tokens unwrapped."""
+    import kvcache
+
+    try:
+        kvcache.wrap(model, f"streamingllm(sinks={SINKS}, window={KEPT})")
+        new = continued(model, 1)
+        kvcache.unwrap(model)
+        if not torch.equal(evicted_by_mask(model, truth, SINKS, PROMPT + NEW), truth):
+            return {"eviction": "no dense oracle: one pass over all tokens differs from transformers' own decoding"}
+        if torch.equal(new, truth):
+            return {"eviction": "no dense oracle: the tokens do not depend on what is evicted"}
+        if torch.equal(evicted_by_mask(model, new, SINKS, KEPT), new):
+            return {"eviction": "identical"}
+        if torch.equal(evicted_by_mask(model, new, SINKS, KEPT, sliding=SINKS + KEPT), new):
+            return {"eviction": "different", "note": SLIDING}
+    except NotImplementedError as error:
+        return {"eviction": str(error)}
+    except Exception as error:
+        return {"eviction": describe(error)}
+    return {"eviction": "different"}
 
 
 def describe(error: BaseException) -> str:
@@ -87,13 +118,11 @@ def measure(name: str, model_type: str) -> dict[str, Any]:
     """The row of one class."""
     import kvcache
 
-    from .tiny_models import tiny_model
-
     row: dict[str, Any] = {"model_type": model_type}
     truth: dict[int, Tensor] = {}
-    for strength in STRENGTHS:
+    for seed, strength in ATTEMPTS:
         try:
-            model = tiny_model(getattr(transformers, name), model_type, gain=strength)
+            model = tiny_model(getattr(transformers, name), model_type, seed, strength)
         except Exception as error:
             return row | {"outcome": "not built", "reason": describe(error)}
         try:
@@ -117,15 +146,7 @@ def measure(name: str, model_type: str) -> dict[str, Any]:
             row[column] = "identical" if torch.equal(continued(model, rows), truth[rows]) else "different"
         except Exception as error:
             row[column] = describe(error)
-    try:
-        kvcache.wrap(model, f"streamingllm(sinks={SINKS}, window={KEPT})")
-        new = continued(model, 1)
-        kvcache.unwrap(model)
-        row["eviction"] = "identical" if torch.equal(evicted_by_mask(model, new), new) else "different"
-    except NotImplementedError as error:
-        row["eviction"] = str(error)
-    except Exception as error:
-        row["eviction"] = describe(error)
+    row |= eviction(model, truth[1])
     kinds = set(row["tiers"])
     worst = next((k for k in ("own", "pre-hook", "materialised") if k in kinds), "handle")
     same = row["single"] == row["padded"] == "identical"
@@ -165,15 +186,74 @@ def guarded(name: str, model_type: str, timeout: float) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
+def document(found: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
+    """docs/compatibility.md: a table of all rows and their counts."""
+    counts = Counter(row["outcome"] for row in found.values())
+    evictions = Counter(_short(row.get("eviction", "")) for row in found.values())
+    same = sum(counts[k] for k in TIERS)
+    lines = [
+        "# Which models work",
+        "",
+        f"Measured: a tiny random model of each of the {len(found)} classes in the causal-LM mapping of transformers "
+        f"{versions['transformers']} (torch {versions['torch']}, CPU). Written by",
+        "",
+        "```",
+        "make compatibility        # python -m kvcache.evaluation.compatibility --again --docs docs/compatibility.md",
+        "```",
+        "",
+        f"Each model generates {NEW} greedy tokens after {PROMPT}, alone (*single*) and in a left-padded batch of "
+        "three (*padded*), without kvcache and",
+        'with `policy="full"`: the tokens are identical or not. *Eviction* compares '
+        f"`streamingllm(sinks={SINKS}, window={KEPT})` with the unwrapped model under a mask",
+        "that hides what the policy evicts; `-` says that there is no such oracle for the model (its reason is in "
+        "the JSON file). Layers with a sliding window",
+        f"have one of {WINDOW} tokens.",
+        "",
+        f"**{same} of {len(found)} classes generate identical tokens**: "
+        + ", ".join(f"{counts[k]} {k}" for k in TIERS if counts[k])
+        + ". The rest: "
+        + (", ".join(f"{n} {k}" for k, n in counts.most_common() if k not in TIERS) or "none")
+        + ". Eviction: "
+        + ", ".join(f"{n} {k}" for k, n in evictions.most_common() if k not in ("", "-"))
+        + ".",
+        "",
+        "*handle*: keys and values stay in pages and attention reads them there. *materialised*: they are gathered for "
+        "the model's own attention.",
+        "*pre-hook*: the model has no attention interface and its own module is served. *own*: some layers keep "
+        "transformers' own state.",
+        "*not built*, *does not generate*: the sweep could not make a small model, or transformers cannot generate "
+        "with it as it is; nothing is said about kvcache.",
+        "",
+        "| Class | Outcome | Single | Padded | Eviction | Reason |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(found.items(), key=lambda item: item[0].lower()):
+        cells = [_short(row.get(c, "")) for c in ("single", "padded", "eviction")]
+        reason = row.get("reason") or row.get("note") or (row.get("eviction", "") if cells[2] == "error" else "")
+        if row.get("distinct", LIVELY) < LIVELY:
+            reason = "; ".join(filter(None, [reason, f"only {row['distinct']} different tokens"]))
+        reason = reason.replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| {name} | {row['outcome']} | {' | '.join(cells)} | {reason[:160]} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(cell: str) -> str:
+    if cell in ("", "identical", "different"):
+        return cell
+    return "-" if cell.startswith("no dense oracle") else "error"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvcache.evaluation.compatibility", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes; measured again if already there")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=90.0, help="seconds per class")
     parser.add_argument("--json", type=Path, help="results; classes already in it are not measured again")
+    parser.add_argument("--again", action="store_true", help="measure those as well")
+    parser.add_argument("--docs", type=Path, help="write the table there")
     options = parser.parse_args(argv)
     path = options.json or Path(f"bench/results/compatibility/transformers-{transformers.__version__}.json")
-    found = json.loads(path.read_text())["classes"] if path.exists() else {}
+    found = json.loads(path.read_text())["classes"] if path.exists() and not options.again else {}
     every = classes()
     if unknown := sorted(set(options.only or ()) - set(every)):
         parser.error(f"not in the causal-LM mapping of transformers {transformers.__version__}: {', '.join(unknown)}")
@@ -188,6 +268,8 @@ def main(argv: list[str] | None = None) -> int:
             ticker.tick()
             versions = {"transformers": transformers.__version__, "torch": torch.__version__}
             path.write_text(json.dumps({"versions": versions, "classes": dict(sorted(found.items()))}, indent=1) + "\n")
+    if options.docs:
+        options.docs.write_text(document(found, {"transformers": transformers.__version__, "torch": torch.__version__}))
     return 0
 
 

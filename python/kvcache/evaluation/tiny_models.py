@@ -34,7 +34,13 @@ _SIZES: list[tuple[int, tuple[str, ...]]] = [
 ]  # fmt: skip
 SIZES = {name: size for size, names in _SIZES for name in names}
 #: Sizes for what a default configuration leaves open although its model reads it.
-OPEN = {"head_dim": 16, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+OPEN = {
+    "head_dim": 16,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
 #: Where the generic rule fails: configuration values per model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_state": 16},
@@ -49,6 +55,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2, "chunk_size": 16},
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
+    "blenderbot": {"encoder_layers": LAYERS},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
+    "gemma4": {"global_head_dim": 16},
+    "gemma4_unified": {"global_head_dim": 16},
+    "hrm_text": {"num_layers_per_stack": 2},
+    "reformer": {"axial_pos_embds": False},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
 
@@ -107,7 +120,8 @@ def tiny_model(model_cls: type[PreTrainedModel], model_type: str, seed: int = 0,
     if size > 12:
         raise ValueError(f"{model_type} could not be shrunk: {size} layers")
     model = model_cls._from_config(config, attn_implementation="eager").float().eval()
-    model.generation_config.eos_token_id = None
+    for name in ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id"):
+        setattr(model.generation_config, name, None)
     model.generation_config.pad_token_id = 0
     enliven(model, seed, gain)
     return model
@@ -119,7 +133,7 @@ def enliven(model: PreTrainedModel, seed: int, strength: float = 1.0) -> None:
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         if "embed" in name or "wte" in name or "wpe" in name:
-            p.data = noise * 0.5
+            p.data = noise * (0.5 * strength if "position" in name or "wpe" in name else 0.5)
         elif p.ndim >= 2:
             gain = 2.0 if any(x in name for x in ("q_proj", "k_proj", "qkv", "c_attn", "query_key_value")) else 1.5
             p.data = noise * gain * strength * p.shape[-1] ** -0.5
