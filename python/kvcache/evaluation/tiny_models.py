@@ -44,6 +44,11 @@ OPEN = {
 #: Where the generic rule fails: configuration values per model type.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_state": 16},
+    "cohere_compass": {
+        "rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")
+        }
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
@@ -60,7 +65,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"global_head_dim": 16},
     "gemma4": {"global_head_dim": 16},
     "gemma4_unified": {"global_head_dim": 16},
-    "hrm_text": {"num_layers_per_stack": 2},
+    "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},  # times the cycles
+    "qwen4_exp": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "reformer": {"axial_pos_embds": False},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }
@@ -108,8 +120,9 @@ def shrunk(cls: type[PreTrainedConfig], model_type: str) -> PreTrainedConfig:
     if key is None:
         return cls(**(values | small_values(default, model_type)))
     small = type(text)(**small_values(text, model_type))
-    special = {k: v for k, v in (("pad_token_id", 0), ("eos_token_id", None)) if hasattr(default, k)}
-    return cls(**(values | special | {key: small.to_dict()}))
+    special = {"pad_token_id": 0, "eos_token_id": None, "tie_word_embeddings": False}
+    special = {k: v for k, v in special.items() if hasattr(default, k)}
+    return cls(**(values | special | {key: small}))
 
 
 def tiny_model(model_cls: type[PreTrainedModel], model_type: str, seed: int = 0, gain: float = 1.0) -> PreTrainedModel:
