@@ -19,6 +19,7 @@ from . import ops
 from ._C import OutOfPages
 from .layer_state import FAR, Layer
 from .policies.base import Policy
+from .self_attending import SlotProbabilities
 from .step import Attention, Pages, Step
 from .store import LayerStore, PageStorage
 
@@ -172,7 +173,7 @@ class Engine:
         spare = None
         if fresh:
             # The first layer's growth makes room for the others too, so that the pool is not copied once per layer.
-            spare = store.pages_needed(step.added) * (len(self.layers) - layer.index)
+            spare = store.pages_needed(step.added) * sum(x.paged for x in self.layers[layer.index :])
             spare += spare // 8
         store.append(k, v, positions, self._added(step, layer), new_columns, spare)
 
@@ -551,7 +552,11 @@ class Engine:
             if layer.store is None:
                 continue
             device = layer.store.counts.device
-            for q, positions, lse, start, mask, ask in layer.pending:
+            for entry in layer.pending:
+                if isinstance(entry, SlotProbabilities):
+                    entry.collect(self, layer, limits.to(device))
+                    continue
+                q, positions, lse, start, mask, ask = entry
                 accepted = torch.where(positions < limits.to(device)[:, None], positions, -1)
                 self._collect(layer, Pages.of(layer.store), q, accepted, lse, start, mask, ask)
             layer.pending.clear()
@@ -610,6 +615,7 @@ class Engine:
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.store = None if mine.store is None else mine.store.fork()
             theirs.group, theirs.budgets, theirs.recent = mine.group, mine.budgets, mine.recent
+            theirs.paged = mine.paged
             theirs.smallest_budget, theirs.budgets_host = mine.smallest_budget, mine.budgets_host
             theirs.pending = list(mine.pending)
             theirs.counters = Counter(mine.counters)

@@ -17,7 +17,9 @@ from .store import LayerStore
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .self_attending import SlotProbabilities, Watch
 
+Pending = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]
 FAR = torch.iinfo(torch.int32).max
 
 
@@ -36,8 +38,10 @@ class Layer:
         self.recent: Tensor | None = None  # [R] int32, likewise
         self.budgets_host = np.zeros((0, 0), np.int32)
         self.smallest_budget = FAR
-        self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]] = []
+        self.pending: list[Pending | SlotProbabilities] = []
         self.was_empty = True
+        self.paged = True  # False: transformers' own layer, which holds nothing here
+        self.watch: Watch | None = None  # while a model that computes attention itself does so
         self.new: tuple[Tensor, Tensor] | None = None
         # What abort() puts back: (the forward that it belongs to, state, pending forwards, scores).
         self.undo: tuple[Step, dict[str, Any], int, Tensor | None] | None = None

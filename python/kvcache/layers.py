@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, set_frame
 from .rotation import Rotation
+from .tiers import LayerPlan
 
 if TYPE_CHECKING:
     import torch.utils.hooks
@@ -32,12 +33,16 @@ class WrappedState:
     page_size: int
     kv_dtype: Any
     max_tokens: int | None
-    windows: list[int | None]
-    materialised: frozenset[int]
-    original: str
+    plan: LayerPlan
+    original: str = ""
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
+    watched: list[nn.Module] = field(default_factory=list)
     _rotation: Rotation | ValueError | None = None
+
+    windows = property(lambda self: self.plan.windows)
+    materialised = property(lambda self: self.plan.materialised)
+    tiers = property(lambda self: self.plan.tiers)
 
     def check_policy(self, model: PreTrainedModel, policy: Policy) -> None:
         """ValueError if ``policy`` cannot work on this model; nothing is changed."""
@@ -50,6 +55,15 @@ class WrappedState:
         if policy.selects and self.materialised:
             raise ValueError(
                 f"{policy}: selection needs the keys as cached, but {name} transforms them after the cache (MLA)"
+            )
+        if policy.selects and self.plan.self_attending:
+            raise ValueError(
+                f"{policy}: selection needs the queries, but {name} computes attention itself and shows them to nobody"
+            )
+        if policy.schedules and (stuck := self.plan.unskippable) is not None:
+            raise ValueError(
+                f"{policy}: no layer of {name} can be skipped: layer {stuck} keeps a recurrent state or an indexer's "
+                "keys, or reads another layer's entries"
             )
         if policy.positions == "compact" and isinstance(found := self._find_rotation(model), ValueError):
             raise found
@@ -109,7 +123,7 @@ class OpenForward:
         if not isinstance(cache, KVCache):
             set_frame(Frame(None, state.original, self.model, module, frame))
             return (), kwargs
-        if implementation != NAME:
+        if implementation != NAME and not state.plan.self_attending:
             raise RuntimeError(
                 f"the attention implementation of the wrapped {type(self.model).__name__} was changed to "
                 f"{implementation!r}; call kvcache.unwrap(model) to stop using kvcache"
@@ -128,7 +142,7 @@ class OpenForward:
             mask = mask.to(device="cpu", dtype=torch.bool)
         else:
             mask = None
-        cache.engine.begin(inputs.shape[0], inputs.shape[1], mask)
+        cache.begin(inputs.shape[0], inputs.shape[1], mask)
         set_frame(Frame(cache, state.original, self.model, module, frame))
         return (), kwargs
 
@@ -154,7 +168,7 @@ class CloseForward:
             return
         with torch.no_grad():
             if output is None:  # torch passes None when the forward raised
-                frame.cache.engine.abort()
+                frame.cache.abort()
             else:
                 frame.cache.engine.finish()
 
