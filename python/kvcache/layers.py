@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, set_frame
+from .parallel import TensorParallel
 from .rotation import Rotation
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class WrappedState:
     windows: list[int | None]
     materialised: frozenset[int]
     original: str
+    parallel: TensorParallel | None = None
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
     _rotation: Rotation | ValueError | None = None

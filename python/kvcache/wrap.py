@@ -16,6 +16,7 @@ from . import _C
 from .attention import NAME, cache_argument
 from .cache import KVCache, check_options, layer_windows, resolve_policy
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
+from .parallel import tensor_parallel
 from .policies import Policy
 from .store import STORAGE_DTYPES
 
@@ -65,10 +66,18 @@ def wrap(
     windows = layer_windows(model)
     resolved.check(len(windows))
     materialised = attention_tiers(model, len(windows))
+    parallel = tensor_parallel(model)
 
     previous = wrapped_state(model)
     state = WrappedState(
-        resolved, page_size, kv_dtype, max_tokens, windows, materialised, previous.original if previous else ""
+        resolved,
+        page_size,
+        kv_dtype,
+        max_tokens,
+        windows,
+        materialised,
+        previous.original if previous else "",
+        parallel,
     )
     state.check_policy(model, resolved)
     unwrap(model)
