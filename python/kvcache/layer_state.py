@@ -147,7 +147,7 @@ class LayerView:
         )
 
     def over_heads(self, x: Tensor) -> Tensor:
-        """A sum over this process's heads as the sum over all heads: the ranks of a tensor-parallel model add theirs."""
+        """A sum over the heads here as the sum over all: tensor-parallel ranks add theirs."""
         parallel = self._layer.engine.parallel
         return x if parallel is None else parallel.sum(x)
 
