@@ -65,12 +65,12 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor_parallel")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8,
+        vocab_size=98, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=256, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)
-    ids = torch.randint(2, 97, (2, PROMPT))
+    ids = torch.randint(2, 98, (2, PROMPT))
     torch.save(ids, folder / "ids.pt")
     (folder / "worker.py").write_text(textwrap.dedent(WORKER))
     with socket.socket() as s:
