@@ -89,7 +89,13 @@ class KVCache(Cache):
         rotation = state.rotation(model) if resolved.selects else None
         self._adopt(
             Engine(
-                resolved, state.windows, page_size=page_size, kv_dtype=dtype, max_tokens=max_tokens, rotation=rotation
+                resolved,
+                state.windows,
+                page_size=page_size,
+                kv_dtype=dtype,
+                max_tokens=max_tokens,
+                rotation=rotation,
+                parallel=state.parallel,
             ),
             state.plan,
         )

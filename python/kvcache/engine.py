@@ -24,6 +24,7 @@ from .step import Attention, Pages, Step
 from .store import LayerStore, PageStorage
 
 if TYPE_CHECKING:
+    from .parallel import TensorParallel
     from .rotation import Rotation
 
 KV = ("keys", "values")
@@ -41,10 +42,11 @@ class Engine:
         kv_dtype: torch.dtype | None,
         max_tokens: int | None,
         rotation: Rotation | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         self.policy = policy
         self.page_size, self.kv_dtype, self.max_tokens = page_size, kv_dtype, max_tokens
-        self.rotation = rotation
+        self.rotation, self.parallel = rotation, parallel
         self.compact = policy.positions == "compact"
         if self.compact and rotation is None:
             raise ValueError(f"{policy} needs the model's rotation")
@@ -608,6 +610,7 @@ class Engine:
             kv_dtype=self.kv_dtype,
             max_tokens=self.max_tokens,
             rotation=self.rotation,
+            parallel=self.parallel,
         )
         twin.storages = dict(self.storages)
         for name in self._COPIED:

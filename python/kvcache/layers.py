@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, set_frame
+from .parallel import TensorParallel
 from .rotation import Rotation
 from .tiers import LayerPlan
 
@@ -35,6 +36,7 @@ class WrappedState:
     max_tokens: int | None
     plan: LayerPlan
     original: str = ""
+    parallel: TensorParallel | None = None
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
     watched: list[nn.Module] = field(default_factory=list)

@@ -13,6 +13,7 @@ from . import _C
 from .attention import NAME, cache_argument
 from .cache import KVCache, check_options, resolve_policy
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
+from .parallel import tensor_parallel
 from .policies import Policy
 from .self_attending import watch_modules
 from .store import STORAGE_DTYPES
@@ -63,7 +64,7 @@ def wrap(
     previous = wrapped_state(model)
     plan = previous.plan if previous else plan_layers(model)
     resolved.check(len(plan.windows))
-    state = WrappedState(resolved, page_size, kv_dtype, max_tokens, plan)
+    state = WrappedState(resolved, page_size, kv_dtype, max_tokens, plan, parallel=tensor_parallel(model))
     state.check_policy(model, resolved)
     unwrap(model)
     if plan.self_attending:
