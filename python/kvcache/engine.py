@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops
 from ._C import OutOfPages
+from .dense_attention import dense_attention
 from .layer_state import FAR, Layer
 from .policies.base import Policy
 from .self_attending import SlotProbabilities
@@ -220,10 +220,7 @@ class Engine:
         if selecting:
             return self._prefill_selected(layer, pages, q, positions, reach, ask)
         if new is not None and self._is_plain(layer, step, ask, new[0]):
-            out = scaled_dot_product_attention(
-                q, *new, is_causal=step.tokens > 1, scale=ask.scale, enable_gqa=layer.group > 1
-            )
-            return out.transpose(1, 2)
+            return dense_attention(q, *new, ask.scale).transpose(1, 2)
         out, lse = ops.prefill_attention(
             q, pages.k, pages.v, pages.table, pages.counts, pages.positions, reach, start, ask.sinks, None, mask,
             None, None, ask.scale, ask.softcap,
