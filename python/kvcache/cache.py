@@ -273,6 +273,8 @@ class KVCache(Cache):
                 layer.new = None
                 assert layer.store is not None
                 k, v = layer.store.gather("keys"), layer.store.gather("values")
+                if step.repeats is not None:
+                    k, v = step.repeats.spread(k), step.repeats.spread(v)
                 return k.to(key_states.dtype), v.to(value_states.dtype)
         layer.new = (key_states, value_states)
         k, v = key_states.view_as(key_states), value_states.view_as(value_states)

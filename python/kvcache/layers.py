@@ -128,7 +128,8 @@ class OpenForward:
             mask = mask.to(device="cpu", dtype=torch.bool)
         else:
             mask = None
-        cache.engine.begin(inputs.shape[0], inputs.shape[1], mask)
+        alike = None if cache.engine.seen else first_alike(kwargs, inputs.shape[0])
+        cache.engine.begin(inputs.shape[0], inputs.shape[1], mask, alike)
         set_frame(Frame(cache, state.original, self.model, module, frame))
         return (), kwargs
 
@@ -157,6 +158,26 @@ class CloseForward:
                 frame.cache.engine.abort()
             else:
                 frame.cache.engine.finish()
+
+
+def first_alike(inputs: dict[str, Any], rows: int) -> Tensor | None:
+    """For each row the first one with the same inputs, [rows] int64; None if that cannot be told, or for one row.
+
+    ``generate`` repeats a prompt for every beam and sample before the model sees it.
+    """
+    if rows == 1:
+        return None
+    first = torch.ones(rows, rows, dtype=torch.bool)
+    for value in inputs.values():
+        if isinstance(value, (dict, list, tuple)) and len(value):
+            return None  # whatever is in there
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] == 1:
+            continue
+        if value.shape[0] != rows:
+            return None
+        _, kind = value.detach().cpu().reshape(rows, -1).unique(dim=0, return_inverse=True)
+        first &= kind[:, None] == kind
+    return first.int().argmax(1)
 
 
 @functools.cache
@@ -190,7 +211,7 @@ class RoutedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         step = None if frame is None or frame.cache is None else frame.cache.engine.step
-        active = None if step is None else step.routed.get(self.index)
+        active = None if step is None else step.runs(self.index)
         hidden = args[0] if args else kwargs["hidden_states"]
         if step is not None and self.index in step.skipped:
             return self._as_output(hidden)
