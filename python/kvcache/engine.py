@@ -64,8 +64,8 @@ class Engine:
     def begin(self, rows: int, tokens: int, mask: Tensor | None, first: Tensor | None = None) -> None:
         """Open a forward of ``tokens`` new columns. ``mask`` [rows, seen + tokens] bool: which columns are real.
 
-        ``first`` [rows] int64: the first row whose inputs are the same; rows that begin alike (beams, several samples of
-        one prompt) are stored, attended and evicted once and share their pages afterwards. None: all differ.
+        ``first`` [rows] int64: the first row whose inputs are the same; rows that begin alike (beams, several samples
+        of one prompt) are stored, attended and evicted once and share their pages afterwards. None: all differ.
 
         Raises ValueError for a mask that does not fit and OutOfPages when the tokens cannot be stored; nothing has
         changed then.
