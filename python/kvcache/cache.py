@@ -128,7 +128,8 @@ class KVCache(Cache):
 
     Arguments
         model: a model that :func:`kvcache.wrap` has wrapped.
-        policy, page_size, kv_dtype, max_tokens: as for :func:`kvcache.wrap`; what is left out is what ``wrap`` got.
+        policy, page_size, kv_dtype, max_tokens, prefill: as for :func:`kvcache.wrap`; what is left out is what ``wrap``
+            got.
 
     Raises ValueError when the model is not wrapped and everything that ``wrap`` raises for bad options.
     """
@@ -141,6 +142,7 @@ class KVCache(Cache):
         page_size: int | None = None,
         kv_dtype: str | torch.dtype | None = None,
         max_tokens: int | None = None,
+        prefill: str | None = None,
     ) -> None:
         state = wrapped_state(model)
         if state is None:
@@ -155,7 +157,13 @@ class KVCache(Cache):
         rotation = state.rotation(model) if resolved.selects else None
         self._adopt(
             Engine(
-                resolved, state.windows, page_size=page_size, kv_dtype=dtype, max_tokens=max_tokens, rotation=rotation
+                resolved,
+                state.windows,
+                page_size=page_size,
+                kv_dtype=dtype,
+                max_tokens=max_tokens,
+                rotation=rotation,
+                prefill=state.prefill if prefill is None else prefill,
             ),
             state.materialised,
         )
@@ -253,6 +261,7 @@ class KVCache(Cache):
 
     # -- the transformers contract ----------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # as attention.paged_attention
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -313,10 +322,12 @@ class KVCache(Cache):
             "in a way that kvcache did not foresee; please report the model"
         )
 
+    @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen (padding included), the same for every layer also where a schedule skips some."""
         return self.seen_tokens
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(columns seen after ``query_length`` more, 0): masks speak of what was seen, not of what is kept."""
         return self.seen_tokens + query_length, 0

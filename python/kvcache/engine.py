@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .rotation import Rotation
 
 KV = ("keys", "values")
+PREFILL_MODES = ("whole", "chunked")
 
 
 class Engine:
@@ -41,8 +42,12 @@ class Engine:
         kv_dtype: torch.dtype | None,
         max_tokens: int | None,
         rotation: Rotation | None = None,
+        prefill: str = "whole",
     ) -> None:
+        if prefill not in PREFILL_MODES:
+            raise ValueError(f"prefill must be one of {PREFILL_MODES}, got {prefill!r}")
         self.policy = policy
+        self.prefill = prefill
         self.page_size, self.kv_dtype, self.max_tokens = page_size, kv_dtype, max_tokens
         self.rotation = rotation
         self.compact = policy.positions == "compact"
@@ -470,8 +475,22 @@ class Engine:
         if not self.recording and self._prompt_left <= 0:
             self.prompt_length = None
             self.settle()
+        elif not self.recording and self.prefill == "chunked":
+            self._compress()
         if step.repeats is not None:
             self.select_rows(step.repeats.inverse)
+
+    def _compress(self) -> None:
+        """After a chunk that is not the last: bring every layer within the budgets that the whole prompt will have.
+
+        What is still to come counts as real tokens (only padding on the right is none); the end of the prompt fixes
+        the budgets anew.
+        """
+        self.prompt_tokens = self.tokens + self._prompt_left
+        for layer in self.layers:
+            if layer.store is not None and layer.store.counts.numel():
+                self._plan(layer)
+                self._evict(layer)
 
     def abort(self) -> None:
         """Undo a forward that did not finish: its tokens leave the pages again."""
@@ -630,6 +649,7 @@ class Engine:
             kv_dtype=self.kv_dtype,
             max_tokens=self.max_tokens,
             rotation=self.rotation,
+            prefill=self.prefill,
         )
         twin.storages = dict(self.storages)
         for name in self._COPIED:

@@ -35,6 +35,7 @@ class WrappedState:
     windows: list[int | None]
     materialised: frozenset[int]
     original: str
+    prefill: str = "whole"
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
     _rotation: Rotation | ValueError | None = None
@@ -89,6 +90,7 @@ class OpenForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         from .cache import KVCache
 
@@ -146,6 +148,7 @@ class CloseForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         frame = current_frame()
         if frame is None or frame.opener is not module:
@@ -208,6 +211,7 @@ class RoutedForward:
         self.layer, self.index, self.form = layer, index, form
         functools.update_wrapper(self, type(layer).forward)
 
+    @torch.compiler.disable(recursive=False)  # the layer inside is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         step = None if frame is None or frame.cache is None else frame.cache.engine.step
