@@ -62,7 +62,8 @@ class KVCache(Cache):
 
     Arguments
         model: a model that :func:`kvcache.wrap` has wrapped.
-        policy, page_size, kv_dtype, max_tokens: as for :func:`kvcache.wrap`; what is left out is what ``wrap`` got.
+        policy, page_size, kv_dtype, max_tokens, prefill: as for :func:`kvcache.wrap`; what is left out is what ``wrap``
+            got.
 
     Raises ValueError when the model is not wrapped and everything that ``wrap`` raises for bad options.
     """
@@ -75,6 +76,7 @@ class KVCache(Cache):
         page_size: int | None = None,
         kv_dtype: str | torch.dtype | None = None,
         max_tokens: int | None = None,
+        prefill: str | None = None,
     ) -> None:
         state = wrapped_state(model)
         if state is None:
@@ -96,6 +98,7 @@ class KVCache(Cache):
                 max_tokens=max_tokens,
                 rotation=rotation,
                 parallel=state.parallel,
+                prefill=state.prefill if prefill is None else prefill,
             ),
             state.plan,
         )
@@ -199,6 +202,7 @@ class KVCache(Cache):
 
     # -- the transformers contract ----------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # as attention.paged_attention
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -223,6 +227,8 @@ class KVCache(Cache):
                 layer.new = None
                 assert layer.store is not None
                 k, v = layer.store.gather("keys"), layer.store.gather("values")
+                if step.repeats is not None:
+                    k, v = step.repeats.spread(k), step.repeats.spread(v)
                 return k.to(key_states.dtype), v.to(value_states.dtype)
         layer.new = (key_states, value_states)
         k, v = key_states.view_as(key_states), value_states.view_as(value_states)
@@ -261,10 +267,12 @@ class KVCache(Cache):
             "in a way that kvcache did not foresee; please report the model"
         )
 
+    @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen (padding included), the same for every layer also where a schedule skips some."""
         return self.seen_tokens
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(columns seen after ``query_length`` more, 0): masks speak of what was seen, not of what is kept."""
         return self.seen_tokens + query_length, 0
@@ -324,14 +332,14 @@ class KVCache(Cache):
         """Layers that keep something besides pages: recurrent states, keys of an indexer."""
         return [x for x in self.layers if type(x) is not PagedLayer]
 
-    def begin(self, rows: int, tokens: int, mask: Tensor | None) -> None:
+    def begin(self, rows: int, tokens: int, mask: Tensor | None, alike: Tensor | None = None) -> None:
         """Open a forward: see :meth:`kvcache.engine.Engine.begin`."""
         if self._broken:
             raise RuntimeError(
                 "a forward with this cache failed halfway, and the recurrent states of its layers cannot be taken "
                 "back: start with a new cache"
             )
-        self.engine.begin(rows, tokens, mask)
+        self.engine.begin(rows, tokens, mask, alike)
 
     def abort(self) -> None:
         """Undo a forward that failed. Recurrent states cannot be undone: a cache that has some is of no more use."""

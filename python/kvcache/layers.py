@@ -37,6 +37,7 @@ class WrappedState:
     plan: LayerPlan
     original: str = ""
     parallel: TensorParallel | None = None
+    prefill: str = "whole"
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
     watched: list[nn.Module] = field(default_factory=list)
@@ -105,6 +106,7 @@ class OpenForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         from .cache import KVCache
 
@@ -144,7 +146,9 @@ class OpenForward:
             mask = mask.to(device="cpu", dtype=torch.bool)
         else:
             mask = None
-        cache.begin(inputs.shape[0], inputs.shape[1], mask)
+        # A model that computes attention itself needs the entries of every row.
+        shared = not cache.engine.seen and not state.plan.self_attending
+        cache.begin(inputs.shape[0], inputs.shape[1], mask, first_alike(kwargs, inputs.shape[0]) if shared else None)
         set_frame(Frame(cache, state.original, self.model, module, frame))
         return (), kwargs
 
@@ -161,6 +165,7 @@ class CloseForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         frame = current_frame()
         if frame is None or frame.opener is not module:
@@ -173,6 +178,26 @@ class CloseForward:
                 frame.cache.abort()
             else:
                 frame.cache.engine.finish()
+
+
+def first_alike(inputs: dict[str, Any], rows: int) -> Tensor | None:
+    """For each row the first one with the same inputs, [rows] int64; None if that cannot be told, or for one row.
+
+    ``generate`` repeats a prompt for every beam and sample before the model sees it.
+    """
+    if rows == 1:
+        return None
+    first = torch.ones(rows, rows, dtype=torch.bool)
+    for value in inputs.values():
+        if isinstance(value, (dict, list, tuple)) and len(value):
+            return None  # whatever is in there
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] == 1:
+            continue
+        if value.shape[0] != rows:
+            return None
+        _, kind = value.detach().cpu().reshape(rows, -1).unique(dim=0, return_inverse=True)
+        first &= kind[:, None] == kind
+    return first.int().argmax(1)
 
 
 @functools.cache
@@ -203,10 +228,11 @@ class RoutedForward:
         self.layer, self.index, self.form = layer, index, form
         functools.update_wrapper(self, type(layer).forward)
 
+    @torch.compiler.disable(recursive=False)  # the layer inside is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         step = None if frame is None or frame.cache is None else frame.cache.engine.step
-        active = None if step is None else step.routed.get(self.index)
+        active = None if step is None else step.runs(self.index)
         hidden = args[0] if args else kwargs["hidden_states"]
         if step is not None and self.index in step.skipped:
             return self._as_output(hidden)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from . import _C
 from .attention import NAME, cache_argument
 from .cache import KVCache, check_options, resolve_policy
+from .engine import PREFILL_MODES
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
 from .parallel import tensor_parallel
 from .policies import Policy
@@ -34,6 +35,7 @@ def wrap(
     kv_dtype: str | torch.dtype = "auto",
     max_tokens: int | None = None,
     decode: str = "auto",
+    prefill: str = "whole",
 ) -> ModelT:
     """Let ``model`` generate with a paged cache that follows ``policy``; in place, ``generate()`` works unchanged.
 
@@ -45,6 +47,9 @@ def wrap(
             torch dtype. Arithmetic is float32 in any case.
         max_tokens: tokens, summed over the rows, that the pool may hold at once; None: as many as memory allows.
         decode: "auto" or "eager": how single tokens run; both are eager on a CPU.
+        prefill: what ``generate(prefill_chunk_size=n)`` means. "whole": the policy decides when the prompt is complete,
+            as without chunks. "chunked": it evicts after every chunk, with the budgets of the whole prompt, so that a
+            head never holds more than its budget and n entries; what left early is not there for later chunks.
 
     Returns the model. Wrapping a wrapped model replaces policy and options. Raises TypeError or ValueError naming what
     is wrong, with the model untouched: an option, a policy or a model that is not supported.
@@ -55,6 +60,8 @@ def wrap(
     check_options(page_size, kv_dtype, max_tokens)
     if decode not in DECODE_MODES:
         raise ValueError(f"decode must be one of {DECODE_MODES}, got {decode!r}")
+    if prefill not in PREFILL_MODES:
+        raise ValueError(f"prefill must be one of {PREFILL_MODES}, got {prefill!r}")
     name = type(model).__name__
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"{name} is not a decoder-only model that generates: kvcache cannot wrap it")
@@ -64,7 +71,9 @@ def wrap(
     previous = wrapped_state(model)
     plan = previous.plan if previous else plan_layers(model)
     resolved.check(len(plan.windows))
-    state = WrappedState(resolved, page_size, kv_dtype, max_tokens, plan, parallel=tensor_parallel(model))
+    state = WrappedState(
+        resolved, page_size, kv_dtype, max_tokens, plan, parallel=tensor_parallel(model), prefill=prefill
+    )
     state.check_policy(model, resolved)
     unwrap(model)
     if plan.self_attending:
