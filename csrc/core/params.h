@@ -160,7 +160,7 @@ struct TopKParams {
   int32_t rows, heads;
   int64_t capacity;
   // Where the scores are those of listed pages: score i belongs to slot pages[i / page_size] * page_size + i % page_size.
-  const int32_t *pages, *page_counts;  // [rows, heads, page_width], [rows, heads] or null: score i is slot i's
+  const int32_t *pages, *page_counts;  // [rows, heads, page_width], [rows, heads]; page_size 0: score i is slot i's
   int64_t pages_stride[2], page_counts_stride[2], page_width;
   int32_t page_size;
   int64_t width;

@@ -24,13 +24,13 @@ namespace {  // no two instruction sets may share a symbol
 struct Entries {
   const float* scores;
   const int32_t* positions;
-  const int32_t* pages;  // [page_count] ascending, or null
+  const int32_t* pages;  // [page_count] ascending, where page_size > 0
   int64_t count, page_count, page_size;
   int32_t first, end;
 
   template <class F>
   void each(F f) const {  // f(score, position, slot), slots ascending
-    if (!pages) {
+    if (page_size == 0) {
       for (int64_t i = 0; i < count; ++i) f(scores[i], positions[i], i);
       return;
     }
@@ -90,7 +90,7 @@ static Entries entries_of(const TopKParams& p, int64_t row, int64_t head) {
   entries.scores = p.scores + row * p.scores_stride[0] + head * p.scores_stride[1];
   entries.positions = p.positions + row * p.positions_stride[0] + head * p.positions_stride[1];
   entries.count = p.counts[row * p.counts_stride[0] + head * p.counts_stride[1]];
-  if (p.pages) {
+  if (p.page_size > 0) {  // not pages: a list of width 0 has no memory
     entries.pages = p.pages + row * p.pages_stride[0] + head * p.pages_stride[1];
     entries.page_count = p.page_counts[row * p.page_counts_stride[0] + head * p.page_counts_stride[1]];
     entries.page_size = p.page_size;

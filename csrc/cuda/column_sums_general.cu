@@ -7,6 +7,12 @@ namespace kvcache::cuda {
 namespace {
 
 constexpr int kEntries = 32, kQueries = 32, kThreads = 128;
+// Blocks per multiprocessor: 128 registers do without spills on sm_90 only (make kernel-report).
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kBlocks = 4;
+#else
+constexpr int kBlocks = 3;
+#endif
 constexpr int kAcross = 16;  // threads beside each other: queries across, across + 16
 
 struct Memory {  // column_tiles in core/prefill_tiles.h adds this up
@@ -90,7 +96,7 @@ __device__ __forceinline__ float dot4(float4 a, float4 b, float sum) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) column_sums_plain(ColumnSumsParams sums, ColumnTiles tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks) column_sums_plain(ColumnSumsParams sums, ColumnTiles tiles) {
   KVCACHE_DYNAMIC_SHARED(float, shared);
   const AttentionParams& p = sums.attention;
   const Memory memory(shared, p.view.k_dim);

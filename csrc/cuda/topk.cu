@@ -262,7 +262,7 @@ __global__ __launch_bounds__(kThreads, 1) void topk_write(TopKParams p, void* me
 
 // --- choice --------------------------------------------------------------------------------------------------------
 
-int64_t scores_width(const TopKParams& p) { return p.pages != nullptr ? p.page_width * p.page_size : p.capacity; }
+int64_t scores_width(const TopKParams& p) { return p.page_size > 0 ? p.page_width * p.page_size : p.capacity; }
 
 // Tiles per head, 1: a block of its own does all. As many as fill a large GPU, but each adds up the histograms of all.
 int choose_tiles(const TopKParams& p) {

@@ -35,7 +35,7 @@ struct TopKEntries {
     n = count;
     pages = nullptr;
     page_size = p.page_size;
-    if (p.pages != nullptr) {
+    if (p.page_size > 0) {
       pages = p.pages + row * p.pages_stride[0] + head * p.pages_stride[1];
       n = p.page_counts[row * p.page_counts_stride[0] + head * p.page_counts_stride[1]] * page_size;
     }
@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_segment(const TopKEntries& entries, int beg
   for (int j = 0; j < kTopKBatch; ++j) {
     const int i = begin + Ranks::element(int(threadIdx.x) / 32, j);
     int slot = i;
-    if (entries.pages != nullptr && i < end) {
+    if (entries.page_size > 0 && i < end) {
       const int line = unsigned(i) / unsigned(entries.page_size);
       slot = entries.pages[line] * entries.page_size + (i - line * entries.page_size);
     }

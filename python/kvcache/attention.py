@@ -70,6 +70,7 @@ def set_frame(frame: Frame | None) -> None:
     _local.frame = frame
 
 
+@torch.compiler.disable  # bookkeeping of pages runs as Python; what lies between is compiled
 def paged_attention(
     module: nn.Module,
     query: Tensor,
@@ -114,6 +115,7 @@ def _layer_of(key: Tensor, value: Tensor) -> Layer | None:
     return layer if layer is getattr(value, HANDLE, None) else None
 
 
+@torch.compiler.disable
 def paged_mask(*args: Any, mask_function: Callable = causal_mask_function, **kwargs: Any) -> Tensor | None:
     """None for causal and sliding patterns, which the engine applies itself; else the exact mask over seen columns."""
     frame = current_frame()

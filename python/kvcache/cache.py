@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import operator
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from .attention import HANDLE, current_frame
+from .cache_layers import PagedLayer, make_layer
 from .engine import Engine
 from .layer_state import Layer
 from .layers import wrapped_state
 from .policies import Policy, compose, parse_policy
 from .report import Report
+from .self_attending import dense_columns
 from .step import Step
 from .store import STORAGE_DTYPES
+from .tiers import LayerPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,82 +56,14 @@ def check_options(page_size: object, kv_dtype: object, max_tokens: object) -> to
     return dtype
 
 
-def layer_windows(model: PreTrainedModel) -> list[int | None]:
-    """Sliding window (None: full attention) of every cache layer; ValueError names a layer that cannot be paged."""
-    config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    if len(layers) != config.num_hidden_layers:  # how transformers 5.17 shows shared keys and values
-        raise ValueError(
-            f"{type(model).__name__}: {config.num_hidden_layers - len(layers)} of {config.num_hidden_layers} layers "
-            "share the keys and values of others, which kvcache does not support yet"
-        )
-    windows: list[int | None] = []
-    for i, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(int(layer.sliding_window))
-        elif type(layer) is DynamicLayer:
-            windows.append(None)
-        else:
-            raise ValueError(
-                f"{type(model).__name__}: layer {i} keeps its state in a {type(layer).__name__}, "
-                "which kvcache does not support yet"
-            )
-    return windows
-
-
-class PagedLayer(CacheLayerMixin):
-    """What transformers sees of one layer; the entries are in ``KVCache.engine``."""
-
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: KVCache, index: int, window: int | None) -> None:
-        super().__init__()
-        # Weak: a cycle would keep the pages of a dropped cache until some garbage collection.
-        self._cache = weakref.ref(cache)
-        self.index = index
-        self.is_sliding = window is not None
-        if window is not None:
-            self.sliding_window = window
-
-    @property
-    def cache(self) -> KVCache:
-        cache = self._cache()
-        assert cache is not None
-        return cache
-
-    @property
-    def record_past(self) -> bool:
-        return self.cache.engine.recording
-
-    @record_past.setter
-    def record_past(self, value: bool) -> None:  # generate() ends speculation so
-        self.cache.engine.recording = value
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.cache.update(key_states, value_states, self.index)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.seen_tokens + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.cache.seen_tokens
-
-    def get_max_length(self) -> int:
-        return -1
-
-
 class KVCache(Cache):
     """A paged, policy-driven cache for a wrapped model; ``generate`` makes one, or takes it as ``past_key_values``
     (since transformers 5.24 also as ``cache``).
 
     Arguments
         model: a model that :func:`kvcache.wrap` has wrapped.
-        policy, page_size, kv_dtype, max_tokens: as for :func:`kvcache.wrap`; what is left out is what ``wrap`` got.
+        policy, page_size, kv_dtype, max_tokens, prefill: as for :func:`kvcache.wrap`; what is left out is what ``wrap``
+            got.
 
     Raises ValueError when the model is not wrapped and everything that ``wrap`` raises for bad options.
     """
@@ -141,6 +76,7 @@ class KVCache(Cache):
         page_size: int | None = None,
         kv_dtype: str | torch.dtype | None = None,
         max_tokens: int | None = None,
+        prefill: str | None = None,
     ) -> None:
         state = wrapped_state(model)
         if state is None:
@@ -155,15 +91,26 @@ class KVCache(Cache):
         rotation = state.rotation(model) if resolved.selects else None
         self._adopt(
             Engine(
-                resolved, state.windows, page_size=page_size, kv_dtype=dtype, max_tokens=max_tokens, rotation=rotation
+                resolved,
+                state.windows,
+                page_size=page_size,
+                kv_dtype=dtype,
+                max_tokens=max_tokens,
+                rotation=rotation,
+                parallel=state.parallel,
+                prefill=state.prefill if prefill is None else prefill,
             ),
-            state.materialised,
+            state.plan,
         )
 
-    def _adopt(self, engine: Engine, materialised: frozenset[int]) -> None:
-        self.engine, self._materialised = engine, materialised
+    def _adopt(self, engine: Engine, plan: LayerPlan) -> None:
+        self.engine, self._plan = engine, plan
+        self._materialised = plan.materialised
         self._model_dtype_size = 0
-        super().__init__(layers=[PagedLayer(self, x.index, x.window) for x in engine.layers])
+        self._broken = False
+        for layer in engine.layers:
+            layer.paged = plan.tiers[layer.index] != "own"
+        super().__init__(layers=[make_layer(self, plan, x.index, x.window) for x in engine.layers])
 
     # -- what it holds ----------------------------------------------------------------------------------------------
 
@@ -214,6 +161,8 @@ class KVCache(Cache):
         return sum(self._full_nbytes(layer) for layer in self.engine.layers)
 
     def _full_nbytes(self, layer: Layer) -> int:
+        if not layer.paged:
+            return 0
         # A layer that never ran (SkipDecode) would have been filled by a dense cache: it is like its neighbours.
         store = layer.store or next((x.store for x in self.engine.layers if x.store is not None), None)
         if store is None:
@@ -253,6 +202,7 @@ class KVCache(Cache):
 
     # -- the transformers contract ----------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # as attention.paged_attention
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -269,10 +219,16 @@ class KVCache(Cache):
             if frame is None or frame.cache is not self or step is None:
                 return self._update_alone(layer, key_states, value_states)
             self.engine.append(layer, key_states, value_states, step)
+            if self._plan.tiers[layer_idx] == "pre-hook":
+                layer.new = None
+                k, v = dense_columns(layer, step)
+                return k.to(key_states.dtype), v.to(value_states.dtype)
             if layer_idx in self._materialised:
                 layer.new = None
                 assert layer.store is not None
                 k, v = layer.store.gather("keys"), layer.store.gather("values")
+                if step.repeats is not None:
+                    k, v = step.repeats.spread(k), step.repeats.spread(v)
                 return k.to(key_states.dtype), v.to(value_states.dtype)
         layer.new = (key_states, value_states)
         k, v = key_states.view_as(key_states), value_states.view_as(value_states)
@@ -311,10 +267,12 @@ class KVCache(Cache):
             "in a way that kvcache did not foresee; please report the model"
         )
 
+    @torch.compiler.disable
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen (padding included), the same for every layer also where a schedule skips some."""
         return self.seen_tokens
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(columns seen after ``query_length`` more, 0): masks speak of what was seen, not of what is kept."""
         return self.seen_tokens + query_length, 0
@@ -325,6 +283,8 @@ class KVCache(Cache):
     def activate_past_recording(self) -> None:
         """Defer eviction and the scores of new queries until ``crop`` says which tokens were accepted."""
         self.engine.recording = True
+        for layer in self._stateful_layers():
+            layer.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns; 0 accepts all. Then evict what was deferred.
@@ -340,31 +300,76 @@ class KVCache(Cache):
                 f"tokens_to_remove must be in [-{self.seen_tokens}, 0], minus the number to forget, "
                 f"got {tokens_to_remove}"
             )
+        for layer in self._stateful_layers():
+            if tokens_to_remove and not layer.is_croppable:
+                raise ValueError(f"a {type(layer).__name__} keeps a recurrent state that cannot be taken back")
+        for layer in self._stateful_layers():
+            if tokens_to_remove or getattr(layer, "record_past", False):
+                layer.crop_states(tokens_to_remove) if isinstance(layer, PagedLayer) else layer.crop(tokens_to_remove)
         self.engine.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row r becomes row ``beam_idx[r]``; pages are shared, not copied."""
-        self.engine.select_rows(beam_idx)
+        self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``."""
-        self.engine.select_rows(indices)
+        self._select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times; pages are shared, not copied."""
-        self.engine.select_rows(torch.arange(len(self.engine.tokens)).repeat_interleave(repeats))
+        self._select_rows(torch.arange(len(self.engine.tokens)).repeat_interleave(repeats))
+
+    def _select_rows(self, rows: Tensor) -> None:
+        for layer in self._stateful_layers():
+            if isinstance(layer, PagedLayer):
+                layer.reorder_states(rows)
+            else:
+                layer.reorder_cache(rows)
+        self.engine.select_rows(rows)
+
+    def _stateful_layers(self) -> list[Any]:
+        """Layers that keep something besides pages: recurrent states, keys of an indexer."""
+        return [x for x in self.layers if type(x) is not PagedLayer]
+
+    def begin(self, rows: int, tokens: int, mask: Tensor | None, alike: Tensor | None = None) -> None:
+        """Open a forward: see :meth:`kvcache.engine.Engine.begin`."""
+        if self._broken:
+            raise RuntimeError(
+                "a forward with this cache failed halfway, and the recurrent states of its layers cannot be taken "
+                "back: start with a new cache"
+            )
+        self.engine.begin(rows, tokens, mask, alike)
+
+    def abort(self) -> None:
+        """Undo a forward that failed. Recurrent states cannot be undone: a cache that has some is of no more use."""
+        first = self.seen_tokens == 0
+        self.engine.abort()
+        if not self._stateful_layers():
+            return
+        if first:
+            self._renew_layers()
+        else:
+            self._broken = True
+
+    def _renew_layers(self) -> None:
+        self.layers = [make_layer(self, self._plan, x.index, x.window) for x in self.engine.layers]
 
     def reset(self) -> None:
         """Forget everything and free all pages."""
         self.engine.reset()
+        self._renew_layers()
+        self._broken = False
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def fork(self) -> KVCache:
         """An independent cache with the same content; pages are shared until one side writes to them."""
         twin = KVCache.__new__(KVCache)
-        twin._adopt(self.engine.fork(), self._materialised)
-        twin._model_dtype_size = self._model_dtype_size
+        twin._adopt(self.engine.fork(), self._plan)
+        twin._model_dtype_size, twin._broken = self._model_dtype_size, self._broken
+        for mine, theirs in zip(self.layers, twin.layers, strict=True):
+            theirs.__dict__.update(copy.deepcopy(_own_state(mine)))
         return twin
 
     def __deepcopy__(self, memo: dict) -> KVCache:
@@ -375,7 +380,9 @@ class KVCache(Cache):
 
         Holds the kept entries, not the dense cache: the policy, tokens seen, positions, scores and the policy's state.
         """
-        return {"policy": str(self.policy), "dtype_size": self._model_dtype_size, **self.engine.export_state()}
+        states = [copy.deepcopy(_own_state(x)) for x in self.layers]
+        own = {"policy": str(self.policy), "dtype_size": self._model_dtype_size, "layer_states": states}
+        return {**own, **self.engine.export_state()}
 
     @classmethod
     def import_state(cls, model: PreTrainedModel, state: dict[str, Any], **options: Any) -> KVCache:
@@ -385,4 +392,11 @@ class KVCache(Cache):
             raise ValueError(f"state has {len(state['layers'])} layers, but {type(model).__name__} {len(cache.layers)}")
         cache._model_dtype_size = state["dtype_size"]
         cache.engine.import_state(state, model.device)
+        for layer, own in zip(cache.layers, state["layer_states"], strict=True):
+            layer.__dict__.update(copy.deepcopy(own))
         return cache
+
+
+def _own_state(layer: Any) -> dict[str, Any]:
+    """What a layer object keeps besides pages; empty for one that keeps nothing else."""
+    return {} if type(layer) is PagedLayer else {k: v for k, v in vars(layer).items() if k != "_cache"}

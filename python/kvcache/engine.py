@@ -8,24 +8,28 @@ the layout of pages.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from . import ops
 from ._C import OutOfPages
+from .dense_attention import dense_attention
 from .layer_state import FAR, Layer
 from .policies.base import Policy
-from .step import Attention, Pages, Step
+from .self_attending import SlotProbabilities
+from .step import Attention, Pages, Repeats, Step
 from .store import LayerStore, PageStorage
 
 if TYPE_CHECKING:
+    from .parallel import TensorParallel
     from .rotation import Rotation
 
 KV = ("keys", "values")
+PREFILL_MODES = ("whole", "chunked")
 
 
 class Engine:
@@ -40,10 +44,15 @@ class Engine:
         kv_dtype: torch.dtype | None,
         max_tokens: int | None,
         rotation: Rotation | None = None,
+        parallel: TensorParallel | None = None,
+        prefill: str = "whole",
     ) -> None:
+        if prefill not in PREFILL_MODES:
+            raise ValueError(f"prefill must be one of {PREFILL_MODES}, got {prefill!r}")
         self.policy = policy
+        self.prefill = prefill
         self.page_size, self.kv_dtype, self.max_tokens = page_size, kv_dtype, max_tokens
-        self.rotation = rotation
+        self.rotation, self.parallel = rotation, parallel
         self.compact = policy.positions == "compact"
         if self.compact and rotation is None:
             raise ValueError(f"{policy} needs the model's rotation")
@@ -60,8 +69,11 @@ class Engine:
 
     # -- begin: everything that can be refused is refused here -----------------------------------------------------
 
-    def begin(self, rows: int, tokens: int, mask: Tensor | None) -> None:
+    def begin(self, rows: int, tokens: int, mask: Tensor | None, first: Tensor | None = None) -> None:
         """Open a forward of ``tokens`` new columns. ``mask`` [rows, seen + tokens] bool: which columns are real.
+
+        ``first`` [rows] int64: the first row whose inputs are the same; rows that begin alike (beams, several samples
+        of one prompt) are stored, attended and evicted once and share their pages afterwards. None: all differ.
 
         Raises ValueError for a mask that does not fit and OutOfPages when the tokens cannot be stored; nothing has
         changed then.
@@ -71,6 +83,12 @@ class Engine:
             raise ValueError(f"input_ids has {rows} rows, but the cache holds {known}")
         if tokens == 0:
             raise ValueError("input_ids is empty: a forward needs at least one new token")
+        same = None
+        if first is not None and not known and not self.recording:  # what is recorded stays as it came
+            same = Repeats.of(first)
+        if same is not None:
+            rows = len(same.unique)
+            mask = None if mask is None else mask[same.unique]
         before = self.tokens if known else torch.zeros(rows, dtype=torch.int32)
         real, new = self._real_columns(rows, tokens, mask)
         if new is None:
@@ -85,7 +103,7 @@ class Engine:
             positions = torch.where(new, reach, -1)
             added = count[:, -1].contiguous().numpy()
         prompt = self.seen == 0 or (tokens > 1 and not self.recording) or self._prompt_left > 0
-        step_ = Step(self.seen, tokens, rows, positions, reach, before, after, added, real, prompt)
+        step_ = Step(self.seen, tokens, rows, positions, reach, before, after, added, real, prompt, same)
         self._route(step_)
         self._reserve(step_)
         self.step = step_
@@ -150,6 +168,8 @@ class Engine:
 
     def append(self, layer: Layer, k: Tensor, v: Tensor, step: Step) -> None:
         """Store the new tokens' k [R, H, T, Dk] and v [R, H, T, Dv] in ``layer``."""
+        if step.repeats is not None:
+            k, v = step.repeats.once(k), step.repeats.once(v)
         fresh = layer.store is None  # begin() could not reserve pages for it
         if fresh:
             self._open(layer, k, v)
@@ -172,7 +192,7 @@ class Engine:
         spare = None
         if fresh:
             # The first layer's growth makes room for the others too, so that the pool is not copied once per layer.
-            spare = store.pages_needed(step.added) * (len(self.layers) - layer.index)
+            spare = store.pages_needed(step.added) * sum(x.paged for x in self.layers[layer.index :])
             spare += spare // 8
         store.append(k, v, positions, self._added(step, layer), new_columns, spare)
 
@@ -196,6 +216,20 @@ class Engine:
         ``dense``: keys and values of all entries in slot order as the model transformed them after the append
         (materialised layers); without it the layer's pages are read.
         """
+        step = self.step
+        assert step is not None
+        repeats = step.repeats
+        if repeats is None:
+            return self._attend(layer, q, ask, dense)
+        if layer.new is not None:
+            layer.new = (repeats.once(layer.new[0]), repeats.once(layer.new[1]))
+        if ask.mask is not None and ask.mask.shape[0] > 1:
+            ask = replace(ask, mask=repeats.once(ask.mask))
+        if dense is not None:
+            dense = (repeats.once(dense[0]), repeats.once(dense[1]))
+        return repeats.spread(self._attend(layer, repeats.once(q), ask, dense))
+
+    def _attend(self, layer: Layer, q: Tensor, ask: Attention, dense: tuple[Tensor, Tensor] | None) -> Tensor:
         step, store = self.step, layer.store
         assert step is not None
         assert store is not None
@@ -217,10 +251,7 @@ class Engine:
         if selecting:
             return self._prefill_selected(layer, pages, q, positions, reach, ask)
         if new is not None and self._is_plain(layer, step, ask, new[0]):
-            out = scaled_dot_product_attention(
-                q, *new, is_causal=step.tokens > 1, scale=ask.scale, enable_gqa=layer.group > 1
-            )
-            return out.transpose(1, 2)
+            return dense_attention(q, *new, ask.scale).transpose(1, 2)
         out, lse = ops.prefill_attention(
             q, pages.k, pages.v, pages.table, pages.counts, pages.positions, reach, start, ask.sinks, None, mask,
             None, None, ask.scale, ask.softcap,
@@ -441,10 +472,25 @@ class Engine:
         self.seen += step.tokens
         self.tokens, self.real = step.after, step.real
         self.unplanned |= step.prompt
-        if self.recording or self._prompt_left > 0:
-            return
-        self.prompt_length = None
-        self.settle()
+        if not self.recording and self._prompt_left <= 0:
+            self.prompt_length = None
+            self.settle()
+        elif not self.recording and self.prefill == "chunked":
+            self._compress()
+        if step.repeats is not None:
+            self.select_rows(step.repeats.inverse)
+
+    def _compress(self) -> None:
+        """After a chunk that is not the last: bring every layer within the budgets that the whole prompt will have.
+
+        What is still to come counts as real tokens (only padding on the right is none); the end of the prompt fixes
+        the budgets anew.
+        """
+        self.prompt_tokens = self.tokens + self._prompt_left
+        for layer in self.layers:
+            if layer.store is not None and layer.store.counts.numel():
+                self._plan(layer)
+                self._evict(layer)
 
     def abort(self) -> None:
         """Undo a forward that did not finish: its tokens leave the pages again."""
@@ -551,7 +597,11 @@ class Engine:
             if layer.store is None:
                 continue
             device = layer.store.counts.device
-            for q, positions, lse, start, mask, ask in layer.pending:
+            for entry in layer.pending:
+                if isinstance(entry, SlotProbabilities):
+                    entry.collect(self, layer, limits.to(device))
+                    continue
+                q, positions, lse, start, mask, ask = entry
                 accepted = torch.where(positions < limits.to(device)[:, None], positions, -1)
                 self._collect(layer, Pages.of(layer.store), q, accepted, lse, start, mask, ask)
             layer.pending.clear()
@@ -603,6 +653,8 @@ class Engine:
             kv_dtype=self.kv_dtype,
             max_tokens=self.max_tokens,
             rotation=self.rotation,
+            parallel=self.parallel,
+            prefill=self.prefill,
         )
         twin.storages = dict(self.storages)
         for name in self._COPIED:
@@ -610,6 +662,7 @@ class Engine:
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.store = None if mine.store is None else mine.store.fork()
             theirs.group, theirs.budgets, theirs.recent = mine.group, mine.budgets, mine.recent
+            theirs.paged = mine.paged
             theirs.smallest_budget, theirs.budgets_host = mine.smallest_budget, mine.budgets_host
             theirs.pending = list(mine.pending)
             theirs.counters = Counter(mine.counters)

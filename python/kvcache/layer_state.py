@@ -17,7 +17,9 @@ from .store import LayerStore
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .self_attending import SlotProbabilities, Watch
 
+Pending = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]
 FAR = torch.iinfo(torch.int32).max
 
 
@@ -36,8 +38,10 @@ class Layer:
         self.recent: Tensor | None = None  # [R] int32, likewise
         self.budgets_host = np.zeros((0, 0), np.int32)
         self.smallest_budget = FAR
-        self.pending: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]] = []
+        self.pending: list[Pending | SlotProbabilities] = []
         self.was_empty = True
+        self.paged = True  # False: transformers' own layer, which holds nothing here
+        self.watch: Watch | None = None  # while a model that computes attention itself does so
         self.new: tuple[Tensor, Tensor] | None = None
         # What abort() puts back: (the forward that it belongs to, state, pending forwards, scores).
         self.undo: tuple[Step, dict[str, Any], int, Tensor | None] | None = None
@@ -140,9 +144,24 @@ class LayerView:
     def vote(self, query: Tensor, first: Tensor, end: Tensor, *, soft: bool = True, scale: float = 1.0) -> Tensor:
         """Votes [rows, 1, capacity] of the query heads of ``query`` [rows, query_heads, Dk]: ops.selection_scores."""
         s = self._store
-        return ops.selection_scores(
-            query, s.storage.k_pages, s.table, s.counts, s.positions, first, end, scale, soft, False
+        return self.over_heads(
+            ops.selection_scores(
+                query, s.storage.k_pages, s.table, s.counts, s.positions, first, end, scale, soft, False
+            )
         )
+
+    def over_heads(self, x: Tensor) -> Tensor:
+        """A sum over the heads here as the sum over all: tensor-parallel ranks add theirs."""
+        parallel = self._layer.engine.parallel
+        return x if parallel is None else parallel.sum(x)
+
+    def similarity(self, a: Tensor, b: Tensor) -> Tensor:
+        """Cosine [rows] float32 of ``a`` and ``b`` [rows, query_heads, D], over all heads at once."""
+        a, b = a.flatten(1).float(), b.flatten(1).float()
+        if self._layer.engine.parallel is None:
+            return torch.cosine_similarity(a, b, dim=1)
+        ab, aa, bb = self.over_heads(torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)]))
+        return ab / (aa * bb).sqrt().clamp(min=1e-8)
 
     def top(self, scores: Tensor, k: Tensor, first: Tensor, last: Tensor, end: Tensor, width: int) -> Selection:
         """The ``k`` best of the entries at positions [first, last), all before ``first`` and all in [last, end)."""

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, set_frame
+from .parallel import TensorParallel
 from .rotation import Rotation
+from .tiers import LayerPlan
 
 if TYPE_CHECKING:
     import torch.utils.hooks
@@ -32,12 +34,18 @@ class WrappedState:
     page_size: int
     kv_dtype: Any
     max_tokens: int | None
-    windows: list[int | None]
-    materialised: frozenset[int]
-    original: str
+    plan: LayerPlan
+    original: str = ""
+    parallel: TensorParallel | None = None
+    prefill: str = "whole"
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
+    watched: list[nn.Module] = field(default_factory=list)
     _rotation: Rotation | ValueError | None = None
+
+    windows = property(lambda self: self.plan.windows)
+    materialised = property(lambda self: self.plan.materialised)
+    tiers = property(lambda self: self.plan.tiers)
 
     def check_policy(self, model: PreTrainedModel, policy: Policy) -> None:
         """ValueError if ``policy`` cannot work on this model; nothing is changed."""
@@ -50,6 +58,15 @@ class WrappedState:
         if policy.selects and self.materialised:
             raise ValueError(
                 f"{policy}: selection needs the keys as cached, but {name} transforms them after the cache (MLA)"
+            )
+        if policy.selects and self.plan.self_attending:
+            raise ValueError(
+                f"{policy}: selection needs the queries, but {name} computes attention itself and shows them to nobody"
+            )
+        if policy.schedules and (stuck := self.plan.unskippable) is not None:
+            raise ValueError(
+                f"{policy}: no layer of {name} can be skipped: layer {stuck} keeps a recurrent state or an indexer's "
+                "keys, or reads another layer's entries"
             )
         if policy.positions == "compact" and isinstance(found := self._find_rotation(model), ValueError):
             raise found
@@ -89,6 +106,7 @@ class OpenForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         from .cache import KVCache
 
@@ -109,7 +127,7 @@ class OpenForward:
         if not isinstance(cache, KVCache):
             set_frame(Frame(None, state.original, self.model, module, frame))
             return (), kwargs
-        if implementation != NAME:
+        if implementation != NAME and not state.plan.self_attending:
             raise RuntimeError(
                 f"the attention implementation of the wrapped {type(self.model).__name__} was changed to "
                 f"{implementation!r}; call kvcache.unwrap(model) to stop using kvcache"
@@ -128,7 +146,9 @@ class OpenForward:
             mask = mask.to(device="cpu", dtype=torch.bool)
         else:
             mask = None
-        cache.engine.begin(inputs.shape[0], inputs.shape[1], mask)
+        # A model that computes attention itself needs the entries of every row.
+        shared = not cache.engine.seen and not state.plan.self_attending
+        cache.begin(inputs.shape[0], inputs.shape[1], mask, first_alike(kwargs, inputs.shape[0]) if shared else None)
         set_frame(Frame(cache, state.original, self.model, module, frame))
         return (), kwargs
 
@@ -145,6 +165,7 @@ class CloseForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         frame = current_frame()
         if frame is None or frame.opener is not module:
@@ -154,9 +175,29 @@ class CloseForward:
             return
         with torch.no_grad():
             if output is None:  # torch passes None when the forward raised
-                frame.cache.engine.abort()
+                frame.cache.abort()
             else:
                 frame.cache.engine.finish()
+
+
+def first_alike(inputs: dict[str, Any], rows: int) -> Tensor | None:
+    """For each row the first one with the same inputs, [rows] int64; None if that cannot be told, or for one row.
+
+    ``generate`` repeats a prompt for every beam and sample before the model sees it.
+    """
+    if rows == 1:
+        return None
+    first = torch.ones(rows, rows, dtype=torch.bool)
+    for value in inputs.values():
+        if isinstance(value, (dict, list, tuple)) and len(value):
+            return None  # whatever is in there
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] == 1:
+            continue
+        if value.shape[0] != rows:
+            return None
+        _, kind = value.detach().cpu().reshape(rows, -1).unique(dim=0, return_inverse=True)
+        first &= kind[:, None] == kind
+    return first.int().argmax(1)
 
 
 @functools.cache
@@ -187,10 +228,11 @@ class RoutedForward:
         self.layer, self.index, self.form = layer, index, form
         functools.update_wrapper(self, type(layer).forward)
 
+    @torch.compiler.disable(recursive=False)  # the layer inside is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         step = None if frame is None or frame.cache is None else frame.cache.engine.step
-        active = None if step is None else step.routed.get(self.index)
+        active = None if step is None else step.runs(self.index)
         hidden = args[0] if args else kwargs["hidden_states"]
         if step is not None and self.index in step.skipped:
             return self._as_output(hidden)

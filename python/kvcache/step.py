@@ -11,6 +11,28 @@ from torch import Tensor
 from .store import LayerStore
 
 
+@dataclass(frozen=True)
+class Repeats:
+    """Rows of a forward that are alike: ``unique`` [U] int64, one of each kind; ``inverse`` [R]: the kind of a row."""
+
+    unique: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, first: Tensor) -> Repeats | None:
+        """From the first row [R] that equals each; None if all differ."""
+        unique, inverse = first.unique(return_inverse=True)
+        return None if len(unique) == len(first) else cls(unique, inverse)
+
+    def once(self, x: Tensor) -> Tensor:
+        """``x`` [R, ...] -> [U, ...]."""
+        return x[self.unique.to(x.device)]
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``x`` [U, ...] -> [R, ...]."""
+        return x[self.inverse.to(x.device)]
+
+
 @dataclass
 class Step:
     """One forward of the model: which tokens it brings and where they stand.
@@ -31,12 +53,18 @@ class Step:
     added: np.ndarray
     real: Tensor | None  # bool [R, start + T], which columns hold real tokens; None: all
     prompt: bool
+    repeats: Repeats | None = None  # the tensors here, and the stores, have one row of each kind until the step ends
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
     skipped: set[int] = field(default_factory=set)  # layers that no token runs
     angles: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)  # turn queries back to position 0
     plans: dict[int, Tensor] = field(default_factory=dict)  # layer -> how a GPU shares out its entries
     _starts: dict[int, Tensor] = field(default_factory=dict)
     _copies: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def runs(self, layer: int) -> Tensor | None:
+        """Tokens that run ``layer``, bool [rows of the model, T]; None: all."""
+        active = self.routed.get(layer)
+        return active if active is None or self.repeats is None else self.repeats.spread(active)
 
     def on(self, device: torch.device, x: Tensor) -> Tensor:
         """A tensor of this step where a layer needs it; carried over once for all layers."""

@@ -34,10 +34,11 @@ def good_calls():
         | {"k": torch.randn(2, 2, 3, 8), "v": torch.randn(2, 2, 3, 6), "new_positions": q_positions}
         | {"new_columns": torch.zeros(1, 2, 2, 3), "bounds": torch.zeros(len(case.k_pages), 2, 8)},
         "copy_pages": {"k_pages": storage["k_pages"], "v_pages": storage["v_pages"]}
-        | {"source": ints([0, 1]), "target": ints([2, 3])},
+        | {"source": ints([0, 1]), "target": ints([2, 3]), "bounds": torch.zeros(len(case.k_pages), 2, 8)},
         "compact": {("source_table" if name == "table" else name): x for name, x in storage.items()}
-        | {"target_table": storage["table"].clone(), "keep": keep, "keep_counts": two},
-        "overwrite": storage | {"victims": ints([[0, -1], [1, 2]])},
+        | {"target_table": storage["table"].clone(), "keep": keep, "keep_counts": two}
+        | {"bounds": torch.zeros(len(case.k_pages), 2, 8)},
+        "overwrite": storage | {"victims": ints([[0, -1], [1, 2]]), "bounds": torch.zeros(len(case.k_pages), 2, 8)},
         "prefill_attention": {"q": q}
         | read
         | {"q_positions": q_positions, "window_start": q_positions - 3}
@@ -186,9 +187,9 @@ def bad_calls():
     yield values("topk", **listed)  # there is no page 2
     yield values("topk", **listed | {"pages": ints([[[1, 0], [1, -1]]] * 2)})
     yield values("topk", **listed | {"page_counts": ints([[2, 3]] * 2)})
-    yield values("append", bounds=torch.zeros(5, 2, 8))
-    yield values("append", TypeError, bounds=good["append"]["bounds"].half())
-    yield values("page_bounds", TypeError, bounds=good["append"]["bounds"].half())
+    for op in ("append", "copy_pages", "compact", "overwrite", "page_bounds"):
+        yield values(op, bounds=torch.zeros(5, 2, 8))
+        yield values(op, TypeError, bounds=good["append"]["bounds"].half())
     yield values("page_bounds", table=hole)
     for op in ("gather_rows", "scatter_rows"):
         yield values(op, index=ints([3, 0]))

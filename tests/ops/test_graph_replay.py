@@ -27,11 +27,11 @@ def storage_step(x):
     k_pages, v_pages, table, counts, positions, columns = x["args"]
     scores = columns[0]
     victims = ops.choose_victims(scores, counts, positions, x["budgets"], x["first"], x["end"])
-    ops.overwrite(*x["args"], victims)
+    ops.overwrite(*x["args"], victims, x["bounds"])
     index, index_counts = ops.topk(scores, counts, positions, x["budgets"], x["first"], x["end"], WIDTH)
-    ops.compact(k_pages, v_pages, table, table, counts, positions, columns, index, index_counts)
+    ops.compact(k_pages, v_pages, table, table, counts, positions, columns, index, index_counts, x["bounds"])
     ops.page_bounds(k_pages, table, counts, x["bounds"])
-    ops.copy_pages(k_pages, v_pages, x["source"], x["target"])
+    ops.copy_pages(k_pages, v_pages, x["source"], x["target"], x["bounds"])
     listed, count = ops.active_rows(x["mask"])
     picked = ops.gather_rows(x["matrix"], listed)
     ops.scatter_rows(x["matrix"], picked * 2, listed)

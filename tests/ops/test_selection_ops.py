@@ -111,6 +111,13 @@ def test_topk_of_listed_pages_is_the_reference(backend, case, page_size, kind, s
 LONG = [(kind, n) for kind in KINDS for n in (16_385, 70_001)] + [("normal", n) for n in (16_384, 20_001, 65_536)]
 
 
+def test_topk_of_a_page_list_of_width_zero(backend):
+    """It has no memory, so that its address must not be what tells a list from none."""
+    positions = torch.arange(40, dtype=torch.int32).expand(1, 2, 40).contiguous()
+    case = torch.empty(1, 2, 0), ints([[40, 3]]), positions, ints([[5, 5]]), ints([0]), ints([40])
+    check_topk(case, width=4, pages=positions[:, :, :0], page_counts=ints([[0, 0]]), page_size=16)
+
+
 @pytest.mark.parametrize(("kind", "n"), LONG)
 def test_topk_of_long_rows(backend, kind, n):
     """Rows that several blocks share; heads that hold nothing, one entry or all, protected ones among them."""

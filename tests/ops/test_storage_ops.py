@@ -321,6 +321,76 @@ def test_overwrite_is_the_reference(backend, shape):
     case.assert_equal(expected)
 
 
+@settings(max_examples=examples(60))
+@given(shape=shapes, steps=st.lists(st.sampled_from(["append", "overwrite", "compact", "fresh", "copy"]), max_size=8))
+def test_bounds_stay_true_whatever_moves_the_entries(backend, shape, steps):
+    """Random sequences of all ops that write keys: the bounds are those that one gets from the keys themselves."""
+    room = 3 * len(steps)
+    case = make_paged(**shape, room=room)
+    g = torch.Generator().manual_seed(shape["seed"])
+    bounds = bounds_of(case)
+    ops.page_bounds(case.k_pages, case.table, case.counts, bounds)
+
+    def more_pages(n):
+        """Ids of new pages; nobody has written their bounds."""
+        nonlocal bounds
+        for name in ("k_pages", "v_pages"):
+            pages = getattr(case, name)
+            setattr(case, name, torch.cat([pages, torch.full((n, *pages.shape[1:]), NAN, dtype=pages.dtype)]))
+        bounds = torch.cat([bounds, torch.full((n, *bounds.shape[1:]), NAN, dtype=bounds.dtype)])
+        return torch.arange(len(bounds) - n, len(bounds), dtype=torch.int32)
+
+    for i, step in enumerate(steps):
+        if step == "append":
+            k, v = tokens(case, 3, torch.float32, torch.float32, shape["seed"] + i)
+            new_positions = (torch.rand(len(case.counts), 3, generator=g) * 4).int() - 1
+            ops.append(*case.args, k, v, new_positions, None, bounds)
+        elif step == "overwrite":
+            victims = (torch.rand(case.counts.shape, generator=g) * (case.counts + 1)).int() - 1
+            ops.overwrite(*case.args, victims, bounds)
+        elif step == "copy":  # onto pages that take the places of the old ones
+            listed = case.table >= 0
+            source = case.table[listed]
+            target = more_pages(len(source))
+            ops.copy_pages(case.k_pages, case.v_pages, source, target, bounds)
+            case.table[listed] = target
+        else:
+            target_table = case.table
+            if step == "fresh":
+                listed = case.table >= 0
+                target_table = case.table.masked_scatter(listed, more_pages(int(listed.sum())))
+            keep, keep_counts = random_keep(case, shape["seed"] + i)
+            ops.compact(*case.args[:3], target_table, *case.args[3:], keep, keep_counts, bounds)
+            case.table = target_table
+        live = set()
+        for r, h in (case.counts > 0).nonzero().tolist():
+            for column, begin in enumerate(range(0, int(case.counts[r, h]), case.page_size)):
+                page = int(case.table[r, h, column])
+                keys = case.k_pages[page, : int(case.counts[r, h]) - begin].float()
+                low = keys.nan_to_num(math.inf, math.inf, -math.inf).amin(0)
+                high = keys.nan_to_num(-math.inf, math.inf, -math.inf).amax(0)
+                assert_same_bounds(bounds[page], torch.stack([low, high]))
+                live.add(page)
+        assert len(live) == int(((case.counts + case.page_size - 1) // case.page_size).sum())
+
+
+def test_bounds_narrow_when_the_extreme_key_goes(backend):
+    """By hand: pages of two; the largest key is evicted, the last entry takes its place and leaves its page."""
+    case = make_paged(rows=1, heads=1, page_size=2, k_dim=1, v_dim=1, max_count=0, room=4)
+    bounds = bounds_of(case)
+    k = torch.tensor([9.0, 1, 4, -3]).view(1, 1, 4, 1)
+    ops.append(*case.args, k, k, torch.arange(4, dtype=torch.int32)[None], None, bounds)
+    pages = case.table[0, 0].long()
+    assert bounds[pages, :, 0].tolist() == [[1, 9], [-3, 4]]
+    ops.overwrite(*case.args, torch.tensor([[0]], dtype=torch.int32), bounds)
+    assert bounds[pages, :, 0].tolist() == [[-3, 1], [4, 4]]
+    ops.overwrite(*case.args, torch.tensor([[-1]], dtype=torch.int32), bounds)
+    assert bounds[pages, :, 0].tolist() == [[-3, 1], [4, 4]]
+    keep = torch.tensor([[[1, 2]]], dtype=torch.int32)
+    ops.compact(*case.args[:3], case.table, *case.args[3:], keep, torch.tensor([[2]], dtype=torch.int32), bounds)
+    assert bounds[pages[0], :, 0].tolist() == [1, 4]
+
+
 def many_rows(rows=65_537):
     """More heads than a grid dimension other than the first may have; two slots each, pages in random order."""
     g = torch.Generator().manual_seed(0)

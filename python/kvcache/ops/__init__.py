@@ -151,14 +151,18 @@ def append(
         _raise(error)
 
 
-def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
+def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor, bounds: Tensor | None = None) -> None:
     """Copy whole pages: :func:`kvcache.ops.reference.copy_pages`."""
+    if bounds is not None:
+        validation.kept_bounds("copy_pages", k_pages, bounds)
     if _native is None:
         validation.copy_pages(k_pages, v_pages, source, target)
-        reference.copy_pages(k_pages, v_pages, source, target)
+        reference.copy_pages(k_pages, v_pages, source, target, bounds)
         return
     try:
         _native.copy_pages(k_pages, v_pages, source, target)
+        if bounds is not None:
+            bounds.index_copy_(0, target.long(), bounds.index_select(0, source))
     except RuntimeError as error:
         _raise(error)
 
@@ -173,18 +177,23 @@ def compact(
     columns: Tensor,
     keep: Tensor,
     keep_counts: Tensor,
+    bounds: Tensor | None = None,
 ) -> None:
     """Keep only the listed slots of each head: :func:`kvcache.ops.reference.compact`.
 
     A page of ``target_table`` is either the source's page in the same column or a page that the source does not use.
     """
     args = (k_pages, v_pages, source_table, target_table, counts, positions, columns, keep, keep_counts)
+    if bounds is not None:
+        validation.kept_bounds("compact", k_pages, bounds)
     if _native is None:
         validation.compact(*args)
-        reference.compact(*args)
+        reference.compact(*args, bounds)
         return
     try:
         _native.compact(*args)
+        if bounds is not None:
+            _native.page_bounds(k_pages, target_table, counts, bounds)
     except RuntimeError as error:
         _raise(error)
 
@@ -197,16 +206,35 @@ def overwrite(
     positions: Tensor,
     columns: Tensor,
     victims: Tensor,
+    bounds: Tensor | None = None,
 ) -> None:
     """Evict one entry per head, O(1): :func:`kvcache.ops.reference.overwrite`."""
+    args = (k_pages, v_pages, table, counts, positions, columns, victims)
+    if bounds is not None:
+        validation.kept_bounds("overwrite", k_pages, bounds)
     if _native is None:
-        validation.overwrite(k_pages, v_pages, table, counts, positions, columns, victims)
-        reference.overwrite(k_pages, v_pages, table, counts, positions, columns, victims)
+        validation.overwrite(*args)
+        reference.overwrite(*args, bounds)
         return
     try:
-        _native.overwrite(k_pages, v_pages, table, counts, positions, columns, victims)
+        _native.overwrite(*args)
+        if bounds is not None and table.shape[2]:
+            _native.page_bounds(k_pages, *_pages_of_victims(table, counts, victims, k_pages.shape[1]), bounds)
     except RuntimeError as error:
         _raise(error)
+
+
+def _pages_of_victims(table: Tensor, counts: Tensor, victims: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Tables [R, 2 * H, 1] of the two pages per head that :func:`overwrite` changed, and the entries [R, 2 * H] that
+    these hold after it; no page twice, and nothing here waits for a GPU."""
+    none = victims < 0
+    victim, last = (slot.div(page_size, rounding_mode="floor") for slot in (victims, counts))
+    column = torch.cat([victim, last], 1)
+    held = (counts.repeat(1, 2) - column * page_size).clamp(0, page_size)
+    held = held.masked_fill(torch.cat([none, none | (victim == last)], 1), 0)
+    # Where nothing is held, the column may lie beside the table.
+    pages = table.repeat(1, 2, 1).gather(2, column.clamp(0, table.shape[2] - 1).long()[..., None])
+    return pages, held
 
 
 def prefill_attention(

@@ -62,8 +62,8 @@ def append(
     ``new_positions`` [R, T] int32; negative marks a token that is not stored (padding, or a layer that this token
     skips). ``new_columns`` [N, R, H, T] float32 fills the side columns, zeros when None. Adds to ``counts``.
     ``bounds`` are kept up to date: those of a page whose first slot is written start afresh, others widen; NaN keys
-    leave them alone (a page and channel of nothing but NaN has the bounds inf and -inf). Entries that other ops move
-    into a page do not count: :func:`page_bounds`.
+    leave them alone (a page and channel of nothing but NaN has the bounds inf and -inf). :func:`overwrite`,
+    :func:`compact` and :func:`copy_pages` keep them up to date as well where they are given them.
     """
     page_size = k_pages.shape[1]
     for r in range(table.shape[0]):
@@ -95,8 +95,8 @@ def _widen(bounds: Tensor, keys: Tensor, fresh: bool) -> None:
 def page_bounds(k_pages: Tensor, table: Tensor, counts: Tensor, bounds: Tensor) -> None:
     """Recompute ``bounds`` of every page that holds an entry, from the keys of its live slots.
 
-    For what :func:`append` did not see: after compaction, overwriting, or when bounds are first wanted. A page that
-    several heads share holds the same live slots in each.
+    For when bounds are first wanted, or entries were moved without them. A page that several heads share holds the
+    same live slots in each.
     """
     page_size = k_pages.shape[1]
     for r in range(table.shape[0]):
@@ -106,10 +106,11 @@ def page_bounds(k_pages: Tensor, table: Tensor, counts: Tensor, bounds: Tensor) 
                 _widen(bounds[page], k_pages[page, : int(counts[r, h]) - begin], fresh=True)
 
 
-def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy whole pages ``source`` [n] int32 onto ``target`` [n] int32 (copy on write); no target is a source."""
-    k_pages[target.long()] = k_pages[source.long()]
-    v_pages[target.long()] = v_pages[source.long()]
+def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor, bounds: Tensor | None = None) -> None:
+    """Copy whole pages ``source`` [n] int32 onto ``target`` [n] int32 (copy on write), with their ``bounds`` if given;
+    no target is a source."""
+    for pages in (k_pages, v_pages) if bounds is None else (k_pages, v_pages, bounds):
+        pages[target.long()] = pages[source.long()]
 
 
 def compact(
@@ -122,11 +123,13 @@ def compact(
     columns: Tensor,
     keep: Tensor,
     keep_counts: Tensor,
+    bounds: Tensor | None = None,
 ) -> None:
     """Keep only the slots ``keep`` [R, H, K] int32 (ascending; the first ``keep_counts`` [R, H] count) of each head.
 
     Entry ``keep[r, h, i]`` moves to slot i of the pages in ``target_table``, which may be ``source_table`` itself
-    (in place) or fresh pages (the source is shared). Sets ``counts`` to ``keep_counts``.
+    (in place) or fresh pages (the source is shared). Sets ``counts`` to ``keep_counts``. ``bounds``, if given, are
+    recomputed for every page of ``target_table`` that holds an entry.
     """
     page_size = k_pages.shape[1]
     for r in range(keep.shape[0]):
@@ -141,6 +144,8 @@ def compact(
             positions[r, h, :n] = positions[r, h, old]
             columns[:, r, h, :n] = columns[:, r, h, old]
     counts.copy_(keep_counts)
+    if bounds is not None:
+        page_bounds(k_pages, target_table, counts, bounds)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
@@ -535,8 +540,13 @@ def overwrite(
     positions: Tensor,
     columns: Tensor,
     victims: Tensor,
+    bounds: Tensor | None = None,
 ) -> None:
-    """Evict slot ``victims`` [R, H] int32 of each head (-1: none) by moving the head's last entry there; O(1)."""
+    """Evict slot ``victims`` [R, H] int32 of each head (-1: none) by moving the head's last entry there; O(1).
+
+    ``bounds``, if given, are recomputed for the page of the victim and the page that the last entry leaves: they may
+    have been the bounds of an entry that is gone. A page that is left without an entry keeps its own.
+    """
     page_size = k_pages.shape[1]
     for r in range(table.shape[0]):
         for h in range(table.shape[1]):
@@ -549,6 +559,11 @@ def overwrite(
             positions[r, h, victim] = positions[r, h, last]
             columns[:, r, h, victim] = columns[:, r, h, last]
             counts[r, h] -= 1
+            if bounds is None:
+                continue
+            for page, column in ((target, victim // page_size), (source, last // page_size)):
+                if last > column * page_size:
+                    _widen(bounds[page], k_pages[page, : last - column * page_size], fresh=True)
 
 
 def active_rows(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def two_stage_selection(
     """Which entries a decode step reads: the protected ones and about the ``k`` best candidates.
 
     1. every page votes with an upper bound of its keys' logits (Quest, arXiv 2406.10774): ``bounds`` [P, 2, Dk], kept
-       by :func:`kvcache.ops.append` and :func:`kvcache.ops.page_bounds`; reads 2 / S of what the keys take;
+       by the ops that write pages (:func:`kvcache.ops.append`, ...); reads 2 / S of what the keys take;
     2. the ``shortlist_pages`` best pages are kept, lowest column first among equals; pages that hold a protected entry
        (``position < first[r]`` or ``position >= end[r]``) come before all others and count as well, so there must be
        more of them on the list than ``first`` and ``end`` protect;

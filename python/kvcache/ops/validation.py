@@ -281,6 +281,13 @@ def append(
     check.page_ids("table", table, counts, after)
 
 
+def kept_bounds(op: str, k_pages: Tensor, bounds: Tensor) -> None:
+    """Of ops whose native kernels know nothing of bounds: before they change anything, on every backend."""
+    check = _View(op)
+    check.page_arrays(k_pages, None)
+    check.bounds(bounds, k_pages.dtype)
+
+
 def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
     check = _View("copy_pages")
     check.plain("source", source, torch.int32, [("n", None)])

@@ -97,7 +97,7 @@ class TokenSelect(Policy):
                 until=nothing,
                 at=nothing,
             )
-        similarity = torch.cosine_similarity(plain.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
+        similarity = layer.similarity(plain, state["query"])
         asked = (positions >= 0).sum(1)  # of each row: padding beside a short prompt must not count
         stale = ~small & (~state["made"] | (similarity < self.reuse) | self._expired(held, state, asked))
         layer.count("selections", int(stale.sum()))
@@ -111,7 +111,7 @@ class TokenSelect(Policy):
         """One query per row, every row with a selection: what :meth:`select` does, in few operations."""
         state, rows, held = layer.state, len(end), layer.entries_before(end)
         query, plain = queries[:, :, 0], layer.without_rotation(queries, positions)[:, :, 0]
-        similarity = torch.cosine_similarity(plain.flatten(1).float(), state["query"].flatten(1).float(), dim=1)
+        similarity = layer.similarity(plain, state["query"])
         if float(similarity.max()) < self.reuse:
             layer.count("selections", rows)
             fresh = self._fresh(layer, query, end)
