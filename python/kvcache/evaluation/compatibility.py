@@ -269,7 +269,8 @@ def main(argv: list[str] | None = None) -> int:
             versions = {"transformers": transformers.__version__, "torch": torch.__version__}
             path.write_text(json.dumps({"versions": versions, "classes": dict(sorted(found.items()))}, indent=1) + "\n")
     if options.docs:
-        options.docs.write_text(document(found, {"transformers": transformers.__version__, "torch": torch.__version__}))
+        rows = {name: found.get(name, {"outcome": "not measured"}) for name in every}
+        options.docs.write_text(document(rows, {"transformers": transformers.__version__, "torch": torch.__version__}))
     return 0
 
 

@@ -89,8 +89,9 @@ def small_values(default: PreTrainedConfig, model_type: str) -> dict[str, Any]:
             values[aliases.get(name, name)] = min(size, value)
         elif value is None and name in OPEN and name in known:
             values[name] = OPEN[name]
+    depth = getattr(default, "num_hidden_layers", None)
     for name, value in known.items():
-        if isinstance(value, list) and len(value) == known.get("num_hidden_layers") and name not in values:
+        if isinstance(value, list) and len(value) == depth and name not in values:
             kinds = list(dict.fromkeys(map(str, value)))  # one layer of each kind, then the pattern's beginning
             first = [next(v for v in value if str(v) == kind) for kind in kinds]
             values[name] = (first + value)[:LAYERS] if isinstance(value[0], (str, int)) else value[:LAYERS]
