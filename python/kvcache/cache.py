@@ -216,6 +216,8 @@ class KVCache(Cache):
         self._model_dtype_size = key_states.element_size()
         frame, step = current_frame(), self.engine.step
         with torch.no_grad():
+            # Some models hand over transposed views; the kernels read along the head.
+            key_states, value_states = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
             if frame is None or frame.cache is not self or step is None:
                 return self._update_alone(layer, key_states, value_states)
             self.engine.append(layer, key_states, value_states, step)

@@ -55,6 +55,8 @@ class LayerPlan:
 def plan_layers(model: PreTrainedModel) -> LayerPlan:
     """The plan of a model; ValueError names the layer that kvcache cannot serve, and why."""
     name = type(model).__name__
+    if not model._supports_default_dynamic_cache():
+        raise ValueError(f"{name} uses a cache of its own, which kvcache cannot stand in for")
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     windows: list[int | None] = []
     paged: list[int] = []

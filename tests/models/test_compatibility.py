@@ -78,7 +78,6 @@ def test_tokens_are_identical_with_sliding_layers(name, measured):
     assert row["distinct"] >= LIVELY
 
 
-@pytest.mark.xfail(strict=True, reason="sliding layers keep sinks + window recent tokens, docs/policies.md says window")
 @pytest.mark.parametrize("name", SLIDING)
 def test_eviction_on_sliding_layers_follows_the_documented_form(name, measured):
     assert measured(name)["eviction"] == "identical"
