@@ -191,9 +191,11 @@ def first_alike(inputs: dict[str, Any], rows: int) -> Tensor | None:
     for value in inputs.values():
         if isinstance(value, (dict, list, tuple)) and len(value):
             return None  # whatever is in there
-        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] == 1:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] == 1:
             continue
         if value.shape[0] != rows:
+            if value.ndim == 1:  # of columns, not of rows
+                continue
             return None
         _, kind = value.detach().cpu().reshape(rows, -1).unique(dim=0, return_inverse=True)
         first &= kind[:, None] == kind

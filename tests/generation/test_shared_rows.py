@@ -7,6 +7,7 @@ from support.policies import POLICIES
 from transformers import DynamicCache
 
 import kvcache
+from kvcache.layers import first_alike
 
 NAMES = ["full", "streamingllm", "h2o", "random", "tokenselect", "skipdecode", "h2o|skipdecode"]
 
@@ -82,6 +83,9 @@ def test_rows_that_differ_in_anything_are_not_taken_for_one():
             out = model(ids, **extra)
             assert (out.logits[:, -1] - expected[:, -1]).abs().max() < 5e-5
             assert out.past_key_values.nbytes > 1.5 * one
+        for per_row, same in ((torch.tensor([1.0, 2.0]), False), (torch.ones(2), True), (torch.arange(12), True)):
+            first = first_alike({"input_ids": ids, "extra": per_row}, 2)
+            assert (first.tolist() == [0, 0]) == same
         embeds = model.get_input_embeddings()(ids)
         assert model(inputs_embeds=embeds).past_key_values.nbytes == one
 
