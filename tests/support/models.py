@@ -25,6 +25,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from kvcache.evaluation import tiny_models
+
 transformers.logging.set_verbosity_error()
 
 VOCABULARY = 97
@@ -117,22 +119,7 @@ def build(name: str = "qwen3", seed: int = 0, **changes: Any) -> PreTrainedModel
 
 
 def enliven(model: PreTrainedModel, seed: int = 0) -> None:
-    """Weights for which attention is peaked and decides the next token: small ones repeat one token forever.
-
-    Every head gets weights of its own, so that a wrong map from query to kv heads shows.
-    """
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name, p in model.named_parameters():
-        noise = torch.randn(p.shape, generator=generator)
-        if "embed" in name or "wte" in name or "wpe" in name:
-            p.data = noise * 0.5
-        elif p.ndim >= 2:
-            gain = 2.0 if any(x in name for x in ("q_proj", "k_proj", "qkv", "c_attn", "query_key_value")) else 1.5
-            p.data = noise * gain * 64**-0.5
-        elif "sinks" in name:
-            p.data = noise
-        elif name.endswith("bias"):
-            p.data = noise * 0.1
+    tiny_models.enliven(model, seed, width=BASE["hidden_size"])
 
 
 def prompt(length: int = 40, seed: int = 1, rows: int = 1) -> Tensor:

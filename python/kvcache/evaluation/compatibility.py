@@ -32,6 +32,10 @@ ATTEMPTS = ((0, 1.0), (1, 2.0), (2, 1.0), (3, 4.0), (4, 0.5), (5, 2.0))
 MEMORY = 12 << 30  # bytes of address space on top of the parent's: a hog ends itself, not the sweep
 
 
+class NoOracle(Exception):
+    """The unwrapped model cannot be made to hide what a policy evicts."""
+
+
 def classes() -> dict[str, str]:
     """Class name -> the first model type that maps to it."""
     found: dict[str, str] = {}
@@ -82,7 +86,7 @@ def evicted_by_mask(model: Any, new: Tensor, sinks: int, window: int, sliding: i
     finally:
         registry["eager"] = plain
     if not calls:
-        raise NotImplementedError("no dense oracle: the model makes its own masks")
+        raise NoOracle("no dense oracle: the model makes its own masks")
     return logits[:, PROMPT - 1 :].argmax(-1)
 
 
@@ -100,7 +104,7 @@ def eviction(model: Any, truth: Tensor) -> dict[str, str]:
             return {"eviction": "no dense oracle: the tokens do not depend on what is evicted"}
         if torch.equal(evicted_by_mask(model, new, SINKS, KEPT, sliding=SINKS + KEPT), new):
             return {"eviction": "identical"}
-    except NotImplementedError as error:
+    except NoOracle as error:
         return {"eviction": str(error)}
     except Exception as error:
         return {"eviction": describe(error)}
@@ -134,10 +138,7 @@ def measure(name: str, model_type: str) -> dict[str, Any]:
     except Exception as error:
         return row | {"outcome": "refused", "reason": describe(error)}
     state: Any = model._kvcache_state
-    tiers = getattr(state, "tiers", None) or {
-        i: "materialised" if i in state.materialised else "handle" for i in range(len(state.windows))
-    }
-    row["tiers"] = [tiers[i] for i in sorted(tiers)]
+    row["tiers"] = [tier for _, tier in sorted(state.tiers.items())]
     for column, rows in (("single", 1), ("padded", 3)):
         try:
             row[column] = "identical" if torch.equal(continued(model, rows), truth[rows]) else "different"
@@ -226,7 +227,7 @@ def document(found: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
     ]
     for name, row in sorted(found.items(), key=lambda item: item[0].lower()):
         cells = [_short(row.get(c, "")) for c in ("single", "padded", "eviction")]
-        reason = row.get("reason") or row.get("note") or (row.get("eviction", "") if cells[2] == "error" else "")
+        reason = row.get("reason") or (row.get("eviction", "") if cells[2] == "error" else "")
         if row.get("distinct", LIVELY) < LIVELY:
             reason = "; ".join(filter(None, [reason, f"only {row['distinct']} different tokens"]))
         reason = reason.replace("|", "\\|").replace("<", "&lt;")

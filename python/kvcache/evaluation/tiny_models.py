@@ -141,8 +141,12 @@ def tiny_model(model_cls: type[PreTrainedModel], model_type: str, seed: int = 0,
     return model
 
 
-def enliven(model: PreTrainedModel, seed: int, strength: float = 1.0) -> None:
-    """Weights for which attention is peaked and decides the next token: small ones repeat one token forever."""
+def enliven(model: PreTrainedModel, seed: int, strength: float = 1.0, width: int | None = None) -> None:
+    """Weights for which attention is peaked and decides the next token: small ones repeat one token forever.
+
+    Every head gets weights of its own, so that a wrong map from query to kv heads shows. ``width``: the inputs that all
+    matrices are scaled for; None: each for its own.
+    """
     generator = torch.Generator().manual_seed(seed + 1)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -150,7 +154,7 @@ def enliven(model: PreTrainedModel, seed: int, strength: float = 1.0) -> None:
             p.data = noise * (0.5 * strength if "position" in name or "wpe" in name else 0.5)
         elif p.ndim >= 2:
             gain = 2.0 if any(x in name for x in ("q_proj", "k_proj", "qkv", "c_attn", "query_key_value")) else 1.5
-            p.data = noise * gain * strength * p.shape[-1] ** -0.5
+            p.data = noise * gain * strength * (width or p.shape[-1]) ** -0.5
         elif "sinks" in name:
             p.data = noise
         elif name.endswith("bias"):
