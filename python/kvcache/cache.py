@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .attention import HANDLE, current_frame
-from .cache_layers import PagedLayer, make_layer
+from .cache_layers import is_stateful, make_layer
 from .engine import Engine
 from .layer_state import Layer
 from .layers import wrapped_state
@@ -26,6 +26,7 @@ from .tiers import LayerPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PREFILL_MODES = ("whole", "chunked")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPES |= {str(d).removeprefix("torch."): d for d in STORAGE_DTYPES}
 
@@ -39,7 +40,7 @@ def resolve_policy(policy: Policy | str) -> Policy:
     return compose(policy)
 
 
-def check_options(page_size: object, kv_dtype: object, max_tokens: object) -> torch.dtype | None:
+def check_options(page_size: object, kv_dtype: object, max_tokens: object, prefill: object) -> torch.dtype | None:
     """Raise TypeError or ValueError naming the bad option; returns the storage dtype (None: the model's)."""
     for name, value in (("page_size", page_size), ("max_tokens", max_tokens)):
         if value is None and name == "max_tokens":
@@ -48,6 +49,8 @@ def check_options(page_size: object, kv_dtype: object, max_tokens: object) -> to
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if prefill not in PREFILL_MODES:
+        raise ValueError(f"prefill must be one of {PREFILL_MODES}, got {prefill!r}")
     if kv_dtype == "auto":
         return None
     dtype = _DTYPES.get(kv_dtype) if isinstance(kv_dtype, str) else kv_dtype
@@ -85,7 +88,8 @@ class KVCache(Cache):
         resolved.check(len(state.windows))
         page_size = state.page_size if page_size is None else page_size
         max_tokens = state.max_tokens if max_tokens is None else max_tokens
-        dtype = check_options(page_size, state.kv_dtype if kv_dtype is None else kv_dtype, max_tokens)
+        prefill = state.prefill if prefill is None else prefill
+        dtype = check_options(page_size, state.kv_dtype if kv_dtype is None else kv_dtype, max_tokens, prefill)
         state.check_policy(model, resolved)
         state.route(model, resolved)
         rotation = state.rotation(model) if resolved.selects else None
@@ -98,14 +102,13 @@ class KVCache(Cache):
                 max_tokens=max_tokens,
                 rotation=rotation,
                 parallel=state.parallel,
-                prefill=state.prefill if prefill is None else prefill,
+                prefill=prefill,
             ),
             state.plan,
         )
 
     def _adopt(self, engine: Engine, plan: LayerPlan) -> None:
         self.engine, self._plan = engine, plan
-        self._materialised = plan.materialised
         self._model_dtype_size = 0
         self._broken = False
         for layer in engine.layers:
@@ -221,16 +224,10 @@ class KVCache(Cache):
             if frame is None or frame.cache is not self or step is None:
                 return self._update_alone(layer, key_states, value_states)
             self.engine.append(layer, key_states, value_states, step)
-            if self._plan.tiers[layer_idx] == "pre-hook":
+            tier = self._plan.tiers[layer_idx]
+            if tier in ("pre-hook", "materialised"):
                 layer.new = None
-                k, v = dense_columns(layer, step)
-                return k.to(key_states.dtype), v.to(value_states.dtype)
-            if layer_idx in self._materialised:
-                layer.new = None
-                assert layer.store is not None
-                k, v = layer.store.gather("keys"), layer.store.gather("values")
-                if step.repeats is not None:
-                    k, v = step.repeats.spread(k), step.repeats.spread(v)
+                k, v = dense_columns(layer, step) if tier == "pre-hook" else _dense_slots(layer, step)
                 return k.to(key_states.dtype), v.to(value_states.dtype)
         layer.new = (key_states, value_states)
         k, v = key_states.view_as(key_states), value_states.view_as(value_states)
@@ -260,7 +257,7 @@ class KVCache(Cache):
 
     def materialised_layer(self, index: int | None, key: Tensor, value: Tensor, module: str) -> Layer:
         """The layer whose dense entries the model transformed into ``key``, ``value``; RuntimeError if none fits."""
-        if index in self._materialised:
+        if index is not None and self._plan.tiers.get(index) == "materialised":
             layer = self.engine.layers[index]
             if layer.store is not None and key.shape[2] == layer.store.max_count == value.shape[2]:
                 return layer
@@ -286,7 +283,8 @@ class KVCache(Cache):
         """Defer eviction and the scores of new queries until ``crop`` says which tokens were accepted."""
         self.engine.recording = True
         for layer in self._stateful_layers():
-            layer.activate_past_recording()
+            if hasattr(layer, "activate_past_recording"):  # an indexer's keys are cropped by columns without it
+                layer.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns; 0 accepts all. Then evict what was deferred.
@@ -307,7 +305,7 @@ class KVCache(Cache):
                 raise ValueError(f"a {type(layer).__name__} keeps a recurrent state that cannot be taken back")
         for layer in self._stateful_layers():
             if tokens_to_remove or getattr(layer, "record_past", False):
-                layer.crop_states(tokens_to_remove) if isinstance(layer, PagedLayer) else layer.crop(tokens_to_remove)
+                layer.crop(tokens_to_remove)
         self.engine.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -324,15 +322,11 @@ class KVCache(Cache):
 
     def _select_rows(self, rows: Tensor) -> None:
         for layer in self._stateful_layers():
-            if isinstance(layer, PagedLayer):
-                layer.reorder_states(rows)
-            else:
-                layer.reorder_cache(rows)
+            layer.reorder_cache(rows)
         self.engine.select_rows(rows)
 
     def _stateful_layers(self) -> list[Any]:
-        """Layers that keep something besides pages: recurrent states, keys of an indexer."""
-        return [x for x in self.layers if type(x) is not PagedLayer]
+        return [x for x in self.layers if is_stateful(x)]
 
     def begin(self, rows: int, tokens: int, mask: Tensor | None, alike: Tensor | None = None) -> None:
         """Open a forward: see :meth:`kvcache.engine.Engine.begin`."""
@@ -399,6 +393,13 @@ class KVCache(Cache):
         return cache
 
 
+def _dense_slots(layer: Layer, step: Step) -> tuple[Tensor, Tensor]:
+    """Keys and values of ``layer`` in slot order, [R, H, n, D], for every row of the model."""
+    assert layer.store is not None
+    k, v = layer.store.gather("keys"), layer.store.gather("values")
+    return (k, v) if step.repeats is None else (step.repeats.spread(k), step.repeats.spread(v))
+
+
 def _own_state(layer: Any) -> dict[str, Any]:
     """What a layer object keeps besides pages; empty for one that keeps nothing else."""
-    return {} if type(layer) is PagedLayer else {k: v for k, v in vars(layer).items() if k != "_cache"}
+    return {k: v for k, v in vars(layer).items() if k != "_cache"} if is_stateful(layer) else {}

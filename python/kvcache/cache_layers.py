@@ -68,21 +68,19 @@ class RecurrentPagedLayer(LinearAttentionLayer, PagedLayer):
 
     is_compileable = False
     record_past = False  # its own: states are recorded by transformers' class, entries by the engine
+    # crop() and reorder_cache() are those of the states.
 
     def __init__(self, cache: KVCache, index: int, window: int | None, states: int) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=states)
         self.is_initialized = False
         self.attach(cache, index, window)
 
-    def crop_states(self, tokens_to_remove: int) -> None:
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-
-    def reorder_states(self, rows: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, rows)
-
 
 class IndexedPagedLayer(PagedLayer):
-    """Pages for a layer that selects by an indexer of its own (DeepSeek-V3.2), whose keys stay dense."""
+    """Pages for a layer that selects by an indexer of its own (DeepSeek-V3.2), whose keys stay dense.
+
+    crop() and reorder_cache() are those of the indexer's keys.
+    """
 
     update_indexer = DynamicIndexedLayer.update_indexer
     lazy_initialization_indexer = DynamicIndexedLayer.lazy_initialization_indexer
@@ -93,34 +91,33 @@ class IndexedPagedLayer(PagedLayer):
         self.indexer_position_ids: Tensor | None = None
         self.is_indexer_initialized = False
 
-    def activate_past_recording(self) -> None:
-        pass  # the engine records; keys of the indexer are cropped by columns
-
-    def crop_states(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self.indexer_keys is not None:
             self.indexer_keys = self.indexer_keys[:, :tokens_to_remove]
         if tokens_to_remove and self.indexer_position_ids is not None:
             self.indexer_position_ids = self.indexer_position_ids[..., :tokens_to_remove]
 
-    def reorder_states(self, rows: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.indexer_keys is not None:
-            self.indexer_keys = self.indexer_keys.index_select(0, rows.to(self.indexer_keys.device))
+            self.indexer_keys = self.indexer_keys.index_select(0, beam_idx.to(self.indexer_keys.device))
         if self.indexer_position_ids is not None:
-            there = rows.to(self.indexer_position_ids.device)
+            there = beam_idx.to(self.indexer_position_ids.device)
             self.indexer_position_ids = self.indexer_position_ids.index_select(1, there)
 
 
 def make_layer(cache: KVCache, plan: LayerPlan, index: int, window: int | None) -> Any:
     """The layer object for layer ``index`` of a plan."""
     template = plan.layers[index]
+    recurrent = isinstance(template, LinearAttentionLayer)
     if plan.tiers[index] == "own":
-        return type(template)(**({"number_of_states": template.number_of_states} if _recurrent(template) else {}))
+        return type(template)(**({"number_of_states": template.number_of_states} if recurrent else {}))
     if isinstance(template, DynamicIndexedLayer):
         return IndexedPagedLayer(cache, index, window)
-    if _recurrent(template):
+    if recurrent:
         return RecurrentPagedLayer(cache, index, window, template.number_of_states)
     return PagedLayer(cache, index, window)
 
 
-def _recurrent(template: Any) -> bool:
-    return isinstance(template, LinearAttentionLayer)
+def is_stateful(layer: Any) -> bool:
+    """Whether a layer keeps something besides pages: recurrent states, keys of an indexer."""
+    return isinstance(layer, (LinearAttentionLayer, IndexedPagedLayer))

@@ -18,9 +18,8 @@ from torch import Tensor
 from . import ops
 from ._C import OutOfPages
 from .dense_attention import dense_attention
-from .layer_state import FAR, Layer
+from .layer_state import FAR, Layer, RecordedQueries
 from .policies.base import Policy
-from .self_attending import SlotProbabilities
 from .step import Attention, Pages, Repeats, Step
 from .store import LayerStore, PageStorage
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from .rotation import Rotation
 
 KV = ("keys", "values")
-PREFILL_MODES = ("whole", "chunked")
 
 
 class Engine:
@@ -47,8 +45,6 @@ class Engine:
         parallel: TensorParallel | None = None,
         prefill: str = "whole",
     ) -> None:
-        if prefill not in PREFILL_MODES:
-            raise ValueError(f"prefill must be one of {PREFILL_MODES}, got {prefill!r}")
         self.policy = policy
         self.prefill = prefill
         self.page_size, self.kv_dtype, self.max_tokens = page_size, kv_dtype, max_tokens
@@ -258,7 +254,7 @@ class Engine:
         )  # fmt: skip
         if self.policy.needs:
             if self.recording:
-                layer.pending.append((q, positions, lse, start, mask, ask))
+                layer.pending.append(RecordedQueries(q, positions, lse, start, mask, ask))
             else:
                 self._collect(layer, pages, q, positions, lse, start, mask, ask)
         return out
@@ -597,13 +593,8 @@ class Engine:
             if layer.store is None:
                 continue
             device = layer.store.counts.device
-            for entry in layer.pending:
-                if isinstance(entry, SlotProbabilities):
-                    entry.collect(self, layer, limits.to(device))
-                    continue
-                q, positions, lse, start, mask, ask = entry
-                accepted = torch.where(positions < limits.to(device)[:, None], positions, -1)
-                self._collect(layer, Pages.of(layer.store), q, accepted, lse, start, mask, ask)
+            for recorded in layer.pending:
+                recorded.collect(self, layer, limits.to(device))
             layer.pending.clear()
             if columns:
                 layer.store.crop(limits.to(device))
@@ -662,7 +653,6 @@ class Engine:
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.store = None if mine.store is None else mine.store.fork()
             theirs.group, theirs.budgets, theirs.recent = mine.group, mine.budgets, mine.recent
-            theirs.paged = mine.paged
             theirs.smallest_budget, theirs.budgets_host = mine.smallest_budget, mine.budgets_host
             theirs.pending = list(mine.pending)
             theirs.counters = Counter(mine.counters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,14 +13,13 @@ from torch import Tensor
 
 from . import ops
 from .policies.base import Selection
-from .step import Attention, Step
+from .step import Attention, Pages, Step
 from .store import LayerStore
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .self_attending import SlotProbabilities, Watch
 
-Pending = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Attention]
 FAR = torch.iinfo(torch.int32).max
 
 
@@ -38,7 +38,7 @@ class Layer:
         self.recent: Tensor | None = None  # [R] int32, likewise
         self.budgets_host = np.zeros((0, 0), np.int32)
         self.smallest_budget = FAR
-        self.pending: list[Pending | SlotProbabilities] = []
+        self.pending: list[RecordedQueries | SlotProbabilities] = []  # what is not yet known to be accepted
         self.was_empty = True
         self.paged = True  # False: transformers' own layer, which holds nothing here
         self.watch: Watch | None = None  # while a model that computes attention itself does so
@@ -63,6 +63,24 @@ class Layer:
         self.recent = None if recent is None else recent.to(device)
         self.budgets_host = np.zeros((0, 0), np.int32) if self.budgets is None else self.budgets.cpu().numpy()
         self.smallest_budget = int(self.budgets_host.min(initial=FAR))
+
+
+@dataclass(frozen=True)
+class RecordedQueries:
+    """Queries whose attention mass waits for word of which tokens were accepted: arguments of ``Engine._collect``."""
+
+    q: Tensor
+    positions: Tensor
+    lse: Tensor
+    start: Tensor | None
+    mask: Tensor | None
+    ask: Attention
+
+    def collect(self, engine: Engine, layer: Layer, limits: Tensor) -> None:
+        """Add the mass of the queries before ``limits`` [R] to the scores."""
+        assert layer.store is not None
+        accepted = torch.where(self.positions < limits[:, None], self.positions, -1)
+        engine._collect(layer, Pages.of(layer.store), self.q, accepted, self.lse, self.start, self.mask, self.ask)
 
 
 class LayerView:

@@ -11,14 +11,24 @@ Tiers of a layer
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import cache_utils
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +36,16 @@ if TYPE_CHECKING:
 MAX_HEAD_SIZE = 256
 #: Attributes in which transformers' attention modules keep the index of their layer.
 INDEX_NAMES = ("layer_idx", "layer_id")
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+#: transformers' layers whose keys and values we page; all but the plain ones keep something of another kind besides.
+PAGED = (
+    *PLAIN,
+    DynamicIndexedLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+#: Layers that stay transformers'; 5.17 has no DummyLayer, and no layer at all for those that read another's entries.
+OWN = (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None))
 
 
 @dataclass(frozen=True)
@@ -44,8 +64,7 @@ class LayerPlan:
     @property
     def unskippable(self) -> int | None:
         """A layer that has to run for every token, because it keeps more than entries or reads those of another."""
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
-        return next((i for i, layer in enumerate(self.layers) if type(layer) not in plain), None)
+        return next((i for i, layer in enumerate(self.layers) if type(layer) not in PLAIN), None)
 
     @property
     def materialised(self) -> frozenset[int]:
@@ -63,9 +82,9 @@ def plan_layers(model: PreTrainedModel) -> LayerPlan:
     for i, layer in enumerate(layers):
         sliding = isinstance(layer, DynamicSlidingWindowLayer)
         windows.append(int(layer.sliding_window) if sliding else None)
-        if _is_own(layer):
+        if type(layer) in OWN:
             continue
-        if type(layer) not in _paged_classes():
+        if type(layer) not in PAGED:
             raise ValueError(
                 f"{name}: layer {i} keeps its state in a {type(layer).__name__}, which kvcache does not support yet"
             )
@@ -78,26 +97,12 @@ def plan_layers(model: PreTrainedModel) -> LayerPlan:
             else f"{name} has no layers that use a cache"
         )
     found, reason = _interface_tiers(model, paged)
-    if any(type(layers[i]) is _class("DynamicIndexedLayer") for i in paged):
+    if any(type(layers[i]) is DynamicIndexedLayer for i in paged):
         found, reason = None, f"{name} selects by indexers of its own"
     if found is None:
         found = _self_attending(model, paged, reason)
     tiers = {i: found.get(i, "own") for i in range(len(layers))}
     return LayerPlan(windows, tiers, list(layers))
-
-
-def _class(name: str) -> Any:
-    return getattr(cache_utils, name, None)
-
-
-def _paged_classes() -> tuple[Any, ...]:
-    """Classes of transformers' layers whose keys and values we page; some keep a state of another kind besides."""
-    names = ("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer")
-    return (DynamicLayer, DynamicSlidingWindowLayer, _class("DynamicIndexedLayer"), *map(_class, names))
-
-
-def _is_own(layer: Any) -> bool:
-    return type(layer) in (_class("LinearAttentionLayer"), _class("DummyLayer"))
 
 
 def index_of(module: nn.Module) -> int | None:
@@ -155,9 +160,10 @@ def caching_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if index_of(m) is not None and _calls_update(type(m))]
 
 
-def _tree(cls: type[nn.Module]) -> ast.AST | None:
+@functools.cache  # a class has many modules in a model, and is asked about more than once
+def _tree(forward: Callable) -> ast.AST | None:
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward))))
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
         return None
 
@@ -167,13 +173,13 @@ def _is_update(node: ast.AST) -> bool:
 
 
 def _calls_update(cls: type[nn.Module]) -> bool:
-    tree = _tree(cls)
+    tree = _tree(cls.forward)
     return tree is not None and any(_is_update(n) for n in ast.walk(tree))
 
 
 def _transforms_after_update(cls: type[nn.Module]) -> bool | None:
     """Whether ``cls.forward`` changes keys or values after caching them; None if it does no cached attention."""
-    tree = _tree(cls)
+    tree = _tree(cls.forward)
     if tree is None:
         return None
     names: list[str] | None = None

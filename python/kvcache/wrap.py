@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from . import _C
 from .attention import NAME, cache_argument
 from .cache import KVCache, check_options, resolve_policy
-from .engine import PREFILL_MODES
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
 from .parallel import tensor_parallel
 from .policies import Policy
@@ -57,11 +56,9 @@ def wrap(
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     resolved = resolve_policy(policy)
-    check_options(page_size, kv_dtype, max_tokens)
+    check_options(page_size, kv_dtype, max_tokens, prefill)
     if decode not in DECODE_MODES:
         raise ValueError(f"decode must be one of {DECODE_MODES}, got {decode!r}")
-    if prefill not in PREFILL_MODES:
-        raise ValueError(f"prefill must be one of {PREFILL_MODES}, got {prefill!r}")
     name = type(model).__name__
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise ValueError(f"{name} is not a decoder-only model that generates: kvcache cannot wrap it")

@@ -222,6 +222,25 @@ def test_a_failed_forward_ends_a_cache_with_recurrent_states(name):
     assert torch.equal(continued(model, ids), before)
 
 
+def test_layers_that_share_entries_keep_no_state_of_their_own():
+    """Drafts are taken back, and a failed forward is undone, as where every layer is paged."""
+    model = make("gemma3n")
+    ids = prompt(12).repeat(1, 3)
+    before = continued(model, ids)
+    kvcache.wrap(model, "full")
+    assert torch.equal(continued(model, ids, prompt_lookup_num_tokens=4), before)
+    cache = greedy(model, ids, new=2)[CACHE]
+
+    def fail(*_):
+        raise RuntimeError("half way")
+
+    hook = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="half way"):
+        model(before[:, 1:2], **{CACHE: cache})
+    hook.remove()
+    assert torch.equal(model(before[:, 1:2], **{CACHE: cache}).logits[:, -1].argmax(-1), before[:, 2])
+
+
 @pytest.mark.parametrize(
     ("name", "policy", "message"),
     [
