@@ -152,13 +152,38 @@ class Engine:
         for layer in self.layers:
             if layer.store is not None:
                 storage = layer.store.storage
-                needs[storage] = needs.get(storage, 0) + layer.store.pages_needed(self._added(step, layer))
+                added = self._added(step, layer)
+                pages = layer.store.pages_needed(added) + self._pages_to_evict(layer, added, step.prompt)
+                needs[storage] = needs.get(storage, 0) + pages
         for storage, pages in needs.items():
             storage.reserve(pages)
         if self.max_tokens is not None and not needs and int(step.added.sum()) > self.max_tokens:
             raise PromptTooLong(
                 f"the prompt has {int(step.added.sum())} tokens (all rows), more than max_tokens={self.max_tokens}"
             )
+
+    def _pages_to_evict(self, layer: Layer, added: np.ndarray | int, prompt: bool) -> int:
+        """Fresh pages, at most, that evicting after ``added`` [R] more entries takes: copies of what others share.
+
+        Counted only where ``max_tokens`` limits the pages: a forward that cannot evict at its end must not begin.
+        ``prompt``: the budgets will be fixed anew, nobody knows yet to what.
+        """
+        store = layer.store
+        assert store is not None
+        if store.storage.limit is None or not (self.policy.retains or layer.window is not None):
+            return 0
+        counts = store.counts_host + np.reshape(added, (-1, 1))
+        known = layer.budgets is not None and layer.recent is not None and not prompt
+        over = counts - layer.budgets_host if known else counts
+        if not counts.size or over.max() <= 0 or not store.storage.pool.shared(store.table_host):
+            return 0
+        if known:
+            assert layer.recent is not None
+            if over.max() == 1:
+                return int(np.count_nonzero(over > 0))
+            protected = self.policy.sinks + layer.recent.cpu().numpy()[:, None]
+            counts = np.minimum(counts, np.maximum(layer.budgets_host, protected))
+        return int((-(-counts // self.page_size)).sum())
 
     # -- append -----------------------------------------------------------------------------------------------------
 
@@ -494,7 +519,9 @@ class Engine:
         if step is None:
             return
         if len(self.tokens) == 0:  # the first one: what comes next may have another number of rows
+            told = self.recording, self.prompt_length
             self.reset()
+            self.recording, self.prompt_length = told
             return
         for layer in self.layers:
             if layer.store is None or layer.undo is None or layer.undo[0] is not step:
@@ -579,16 +606,28 @@ class Engine:
     # -- changes between forwards -----------------------------------------------------------------------------------
 
     def crop(self, columns: int) -> None:
-        """Forget the last ``columns`` seen columns; accept the scores of the others; then evict."""
-        limits = self.tokens
+        """Forget the last ``columns`` seen columns; accept the scores of the others; then evict.
+
+        Raises OutOfPages, with nothing changed, when that takes pages that ``max_tokens`` does not allow: what is
+        shared (with rows, forks) is copied before it is changed.
+        """
+        limits, real = self.tokens, self.real
         if columns:
-            if self.real is None:
+            if real is None:
                 limits = (self.tokens - columns).int()
             else:
-                kept = self.real[:, : self.seen - columns]
-                limits = kept.sum(1, dtype=torch.int32)
-                self.real = kept
-            self.seen -= columns
+                real = real[:, : self.seen - columns]
+                limits = real.sum(1, dtype=torch.int32)
+        needs: dict[PageStorage, int] = {}
+        for layer in self.layers:
+            if layer.store is not None and layer.store.storage.limit is not None:
+                pages = layer.store.pages_to_crop(limits) if columns else 0
+                pages = max(pages, self._pages_to_evict(layer, 0, self.unplanned))
+                needs[layer.store.storage] = needs.get(layer.store.storage, 0) + pages
+        for storage, pages in needs.items():
+            storage.reserve(pages)
+        self.seen -= columns
+        self.real = real
         for layer in self.layers:
             if layer.store is None:
                 continue
@@ -611,6 +650,7 @@ class Engine:
             layer.store.select_rows(rows)
             chosen = rows.to(layer.store.counts.device)
             layer.state = {k: v[chosen] if isinstance(v, Tensor) else v for k, v in layer.state.items()}
+            layer.pending = [recorded.select_rows(chosen) for recorded in layer.pending]
             if layer.budgets is not None and layer.recent is not None:
                 layer.set_budgets(layer.budgets[chosen], layer.recent[chosen])
         self.tokens = self.tokens[rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,6 +81,12 @@ class RecordedQueries:
         assert layer.store is not None
         accepted = torch.where(self.positions < limits[:, None], self.positions, -1)
         engine._collect(layer, Pages.of(layer.store), self.q, accepted, self.lse, self.start, self.mask, self.ask)
+
+    def select_rows(self, rows: Tensor) -> RecordedQueries:
+        """Of the rows ``rows`` [R'] int64 alone."""
+        start, mask = (None if x is None else x[rows] for x in (self.start, self.mask))
+        ask = replace(self.ask, mask=None)  # what it hid is in ``mask``
+        return RecordedQueries(self.q[rows], self.positions[rows], self.lse[rows], start, mask, ask)
 
 
 class LayerView:

@@ -49,6 +49,10 @@ class SlotProbabilities:
         sums = torch.where(valid[:, None, :, None], self.values, 0.0).sum(2)
         engine._add_scores(layer, sums, keep)
 
+    def select_rows(self, rows: Tensor) -> SlotProbabilities:
+        """Of the rows ``rows`` [R'] int64 alone."""
+        return SlotProbabilities(self.values[rows], self.positions[rows])
+
 
 class Watch(TorchFunctionMode):
     """Sees the softmax of one attention module: hides columns without an entry and collects probabilities."""

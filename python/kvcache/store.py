@@ -317,12 +317,20 @@ class LayerStore:
         self.max_count = int(self.counts_host.max(initial=0))
 
     def crop(self, limits: Tensor) -> None:
-        """Drop every entry whose position is at or beyond ``limits`` [R] int32."""
-        if self.max_count == 0:
-            return
-        live = torch.arange(self.capacity, device=self.counts.device) < self.counts[..., None]
-        beyond = live & (self.positions >= limits[:, None, None])
-        if not bool(beyond.any()):
+        """Drop every entry whose position is at or beyond ``limits`` [R] int32, and pages that hold nothing.
+
+        Needs pages, and raises :class:`OutOfPages` before anything changes, only where such entries lie among others
+        in a table with shared pages: see :meth:`pages_to_crop`.
+        """
+        stays = self._staying(limits)
+        counts = stays.sum(-1, dtype=torch.int32)
+        if self._is_tail(stays, counts):  # the rule: what came last is what leaves
+            self.counts.copy_(counts)
+            self._count(counts.cpu().numpy().copy())
+            self.storage.pool.shrink(self.table_host, self.counts_host)
+            self.upload_table()
+            self.max_count = int(self.counts_host.max(initial=0))
+            self._narrow()
             return
         none = torch.zeros_like(self.counts)
         far = torch.full_like(limits, torch.iinfo(torch.int32).max)
@@ -330,6 +338,24 @@ class LayerStore:
             self.columns[0], self.counts, self.positions, none, limits, far, width=max(self.max_count, 1)
         )
         self.keep(index, counts)
+
+    def pages_to_crop(self, limits: Tensor) -> int:
+        """Fresh pages that :meth:`crop` takes."""
+        if not self.storage.pool.shared(self.table_host):
+            return 0
+        stays = self._staying(limits)
+        counts = stays.sum(-1, dtype=torch.int32)
+        return 0 if self._is_tail(stays, counts) else int((-(-counts // self.storage.page_size)).sum())
+
+    def _staying(self, limits: Tensor) -> Tensor:
+        """Which slots hold an entry before ``limits`` [R], bool [R, H, C]."""
+        live = torch.arange(self.capacity, device=self.counts.device) < self.counts[..., None]
+        return live & (self.positions < limits[:, None, None])
+
+    def _is_tail(self, stays: Tensor, counts: Tensor) -> bool:
+        """Whether the entries that stay are the first ``counts`` [R, H] of each head."""
+        first = torch.arange(self.capacity, device=counts.device) < counts[..., None]
+        return torch.equal(stays, first)
 
     def select_rows(self, rows: Tensor) -> None:
         """Row r becomes a copy of the old row ``rows[r]`` (int64 [R']); pages are shared, not copied."""
