@@ -153,7 +153,9 @@ class Engine:
             if layer.store is not None:
                 storage = layer.store.storage
                 added = self._added(step, layer)
-                pages = layer.store.pages_needed(added) + self._pages_to_evict(layer, added, step.prompt)
+                pages = layer.store.pages_needed(added)
+                if not self.recording:  # else finish() evicts nothing
+                    pages += self._pages_to_evict(layer, added, step.prompt)
                 needs[storage] = needs.get(storage, 0) + pages
         for storage, pages in needs.items():
             storage.reserve(pages)

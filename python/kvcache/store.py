@@ -258,8 +258,8 @@ class LayerStore:
         flat_positions = torch.zeros(pairs, 1, self.capacity, dtype=torch.int32, device=device)
         flat_columns = torch.zeros(len(self.column_names), pairs, 1, self.capacity, device=device)
         ops.append(
-            s.k_pages, s.v_pages, table, held, flat_positions, flat_columns, k.reshape(pairs, 1, n, -1),
-            v.reshape(pairs, 1, n, -1), where,
+            s.k_pages, s.v_pages, table, held, flat_positions, flat_columns, k.reshape(pairs, 1, n, k.shape[3]),
+            v.reshape(pairs, 1, n, v.shape[3]), where,
         )  # fmt: skip
         self.counts.copy_(counts)
         self._count(added.reshape(self.rows, self.heads))

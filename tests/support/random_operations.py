@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from support.truth import Truth
+from support.truth import Head, Truth
 
 from kvcache import OutOfPages, Policy, ops
 from kvcache.engine import Engine
@@ -62,19 +62,24 @@ def compare(engine: Engine, truth: Truth, exact: bool = True) -> None:
         assert store.max_count >= counts.max()
         pages = -(-counts // size)
         assert ((table >= 0) == (np.arange(table.shape[2]) < pages[..., None])).all()
-        keys, values = (store.gather(x).float().numpy() for x in ("keys", "values"))
-        positions, scores = store.positions.numpy(), store.columns[0].numpy()
-        for r in range(truth.rows):
+        positions = store.positions.numpy()
+        slots = np.arange(positions.shape[2])
+        order = np.argsort(np.where(slots < counts[..., None], positions, 1 << 30), axis=2)
+        live = slots < counts[..., None]
+        positions = np.take_along_axis(positions, order, 2)
+        for r in range(truth.rows) if truth.ties else ():
             for h in range(truth.kv_heads):
-                n = counts[r, h]
-                order = np.argsort(positions[r, h, :n])
-                found = positions[r, h, order]
-                truth.agree(i, r, h, found)
-                head = truth.heads[i][r][h]
-                assert np.array_equal(found, head.positions), (i, r, h, found, head.positions)
-                assert np.array_equal(keys[r, h, order], head.keys), (i, r, h)
-                assert np.array_equal(values[r, h, order], head.values), (i, r, h)
-                assert np.allclose(scores[r, h, order], head.scores, atol=truth.close / 4), (i, r, h)
+                truth.agree(i, r, h, positions[r, h, : counts[r, h]])
+        heads = [head for row in truth.heads[i] for head in row]
+        assert counts.ravel().tolist() == [len(head.positions) for head in heads], i
+        expected = {n: np.concatenate([getattr(head, n) for head in heads]) for n in Head.__dataclass_fields__}
+        assert (positions[live] == expected["positions"]).all(), (i, positions[live], expected["positions"])
+        page, place = np.take_along_axis(table, order // size, 2)[live], (order % size)[live]
+        storage = store.storage
+        assert (storage.k_pages[page, place].float().numpy() == expected["keys"]).all(), i
+        assert (storage.v_pages[page, place].float().numpy() == expected["values"]).all(), i
+        scores = np.take_along_axis(store.columns[0].numpy(), order, 2)[live]
+        assert np.abs(scores - expected["scores"]).max(initial=0) < truth.close / 4, i
     truth.ties = {}
 
 

@@ -154,8 +154,10 @@ class Truth:
             first = self._window_start(layer, r, tokens)
             for h in range(self.kv_heads):
                 head = self.heads[layer][r][h]
-                new = Head(positions[r][stored], k[r, h][stored], v[r, h][stored], np.zeros(int(stored.sum())))
-                head = Head(*(np.concatenate([getattr(x, n) for x in (head, new)]) for n in head.__dataclass_fields__))
+                if stored.any():
+                    new = positions[r][stored], k[r, h][stored], v[r, h][stored], np.zeros(int(stored.sum()))
+                    old = head.positions, head.keys, head.values, head.scores
+                    head = Head(*(np.concatenate(pair) for pair in zip(old, new)))
                 if not len(head.positions):
                     self.heads[layer][r][h] = head
                     continue
