@@ -257,6 +257,8 @@ class Engine:
         assert step is not None
         assert store is not None
         new, layer.new = layer.new, None  # not kept: they are in the pages
+        if store.max_count == 0:  # a chunk of nothing but padding
+            return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], store.storage.v_pages.shape[2])
         pages = Pages.of(store) if dense is None else Pages.dense(*dense, store.counts, store.positions)
         layer.group = q.shape[1] // pages.counts.shape[1]
         active = step.routed.get(layer.index)
@@ -428,6 +430,9 @@ class Engine:
             else:
                 counts = selection.counts
                 index = selection.index[..., : int(counts.max())]
+            if index.shape[2] == 0:  # padding before every row's first token
+                outs.append(part.new_zeros(rows, tokens, part.shape[1], store.storage.v_pages.shape[2]))
+                continue
             slots = index.clamp(min=0).long()[..., None].expand(-1, store.heads, -1, -1)
             keys, values = (x.gather(2, slots.expand(*slots.shape[:3], x.shape[3])) for x in map(store.gather, KV))
             place = torch.arange(index.shape[2], dtype=torch.int32, device=q.device).expand(rows, -1)

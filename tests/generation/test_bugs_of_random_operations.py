@@ -5,7 +5,9 @@ from unittest import mock
 import pytest
 import torch
 from support.engines import engine, held, scores, step
+from support.models import build, continued, prompt
 
+import kvcache
 from kvcache import H2O, Full, OutOfPages, StreamingLLM, ops
 
 
@@ -112,3 +114,22 @@ def test_a_cache_that_was_cropped_to_nothing_is_carried_over():
     again.import_state(e.export_state(), torch.device("cpu"))
     step(again, *qkv(3))
     assert held(again) == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_compact_positions_with_more_padding_than_a_chunk_of_queries():
+    """Every row begins with padding that fills whole chunks: there is nothing to list for them."""
+    ids = torch.nn.functional.pad(prompt(9), (8, 0))
+    mask = (torch.arange(17) >= 8).long()[None]
+    model = kvcache.wrap(build(), "tokenselect(k=20, sinks=1, local=3, positions='compact')")
+    found = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, 8:]
+    assert (found - model(ids[:, 8:]).logits).abs().max() < 5e-5
+
+
+def test_a_chunk_of_nothing_but_padding():
+    model = build()
+    ids = torch.nn.functional.pad(prompt(9), (8, 0))
+    mask = (torch.arange(17) >= 8).long()[None]
+    expected = continued(model, ids, mask, 8)
+    kvcache.wrap(model, "full")
+    assert torch.equal(continued(model, ids, mask, 8, prefill_chunk_size=4), expected)

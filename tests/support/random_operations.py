@@ -7,15 +7,16 @@ import random
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import ClassVar
 from unittest import mock
 
 import numpy as np
 import torch
-from support.truth import Head, Truth
 
-from kvcache import OutOfPages, Policy, ops
+from kvcache import KVCache, OutOfPages, Policy, ops
 from kvcache.engine import Engine
 from kvcache.step import Attention
+from support.truth import Head, Truth
 
 HEADS, GROUP, DIM = 2, 2, 8
 SCALE = DIM**-0.5
@@ -31,6 +32,7 @@ class Pair:
 
     engine: Engine
     truth: Truth
+    cache: KVCache | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Case:
     prefill: str = "whole"
 
 
-def compare(engine: Engine, truth: Truth, exact: bool = True) -> None:
+def compare(engine: Engine, truth: Truth) -> None:
     """The entries, scores, tables and bookkeeping of ``engine`` are those of ``truth``."""
     assert engine.step is None
     assert engine.seen == truth.seen
@@ -122,8 +124,10 @@ class Machine:
     """Caches of one :class:`Case` under random operations. ``done`` counts them by kind."""
 
     #: Operation -> how often.
-    WEIGHTS = {"decode": 30, "several": 10, "failing": 9, "crop": 9, "reorder": 8, "fork": 6, "drop": 5, "record": 5,
-               "pickle": 2, "reset": 1, "prompt": 4, "repeat": 2}  # fmt: skip
+    WEIGHTS: ClassVar = {
+        "decode": 30, "several": 10, "failing": 9, "crop": 9, "reorder": 8, "fork": 6, "drop": 5, "record": 5,
+        "pickle": 2, "reset": 1, "prompt": 4, "repeat": 2,
+    }  # fmt: skip
 
     def __init__(self, case: Case, seed: int) -> None:
         self.case, self.random = case, random.Random(seed)
@@ -199,7 +203,9 @@ class Machine:
         whole = np.concatenate([past, real], 1)
         return None if whole.all() and self.random.random() < 0.5 else torch.from_numpy(whole)
 
-    def engine_forward(self, engine: Engine, real, mask, layers, fail: tuple[int, str] | None = None, alike=None) -> list:
+    def engine_forward(
+        self, engine: Engine, real, mask, layers, fail: tuple[int, str] | None = None, alike=None
+    ) -> list:
         """The forward as the hooks of a model do it; ``fail``: (layer, where) raises Boom there."""
         rows, tokens = real.shape
         engine.begin(rows, tokens, mask, alike)
@@ -371,4 +377,195 @@ class Machine:
         """A prompt in chunks, as ``generate(prefill_chunk_size=n)`` reads it."""
         pieces = [self.random.randint(1, 6) for _ in range(self.random.randint(1, 3))]
         pair.engine.prompt_length = pair.truth.prompt_length = pair.truth.seen + sum(pieces)
-        return all([self.forward(pair, n) for n in pieces])
+        done = [self.forward(pair, n) for n in pieces]
+        return all(done)
+
+
+class ModelMachine(Machine):
+    """The same through a wrapped model of transformers: its hooks open, close and undo the forwards, its layers make
+    the queries, keys and values, which are recorded on their way into the engine."""
+
+    def __init__(self, case: Case, seed: int, model) -> None:
+        self.model = model
+        super().__init__(case, seed)
+
+    def fresh(self) -> Pair:
+        c = self.case
+        options = {"page_size": c.page_size, "max_tokens": c.max_tokens, "prefill": c.prefill}
+        return self.pair(KVCache(self.model, c.policy, **options))
+
+    def pair(self, cache, truth: Truth | None = None) -> Pair:
+        config = self.model.config
+        if truth is None:
+            windows = [layer.window for layer in cache.engine.layers]
+            scale = config.head_dim**-0.5
+            truth = Truth(self.case.policy, windows, config.num_key_value_heads, scale, self.case.prefill, close=4e-4)
+        return Pair(cache.engine, truth, cache)
+
+    def inputs(self, truth: Truth, tokens: int):
+        real, _ = super().inputs(truth, tokens)
+        if not truth.real:
+            real[~real.any(1), -1] = True  # as generate() asks of every prompt
+        ids = torch.from_numpy(self.numbers.integers(3, self.model.config.vocab_size, real.shape))
+        return real, ids
+
+    def model_forward(self, pair: Pair, real, ids, fail: tuple[int, str] | None = None, cache=None):
+        """(logits, (q, k, v) of each layer, its outputs); Boom is raised in layer ``fail[0]`` at ``fail[1]``."""
+        recorded = [[None] * len(pair.engine.layers), [None] * len(pair.engine.layers)]
+        append, attend = Engine.append, Engine.attend
+
+        def recording_append(engine, layer, k, v, step):
+            places = step.positions if step.repeats is None else step.repeats.spread(step.positions)
+            stored = engine.rotation.unrotate(k, places) if engine.compact else k
+            recorded[0][layer.index] = [None, stored.numpy(), v.numpy()]
+            append(engine, layer, k, v, step)
+
+        def recording_attend(engine, layer, q, ask, dense=None):
+            recorded[0][layer.index][0] = q.numpy()
+            out = attend(engine, layer, q, ask, dense)
+            recorded[1][layer.index] = out.numpy()
+            return out
+
+        past = np.array(pair.truth.real, bool).reshape(len(real), -1)
+        mask = torch.from_numpy(np.concatenate([past, real], 1))
+        places = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -real.shape[1] :]
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(Engine, "append", recording_append))
+            stack.enter_context(mock.patch.object(Engine, "attend", recording_attend))
+            if fail is not None:
+                stack.enter_context(self.failure(*fail))
+            logits = self.model(
+                ids, attention_mask=mask, position_ids=places, past_key_values=cache or pair.cache
+            ).logits
+        return logits, *recorded
+
+    def failure(self, layer: int, place: str):
+        """Something that raises Boom in one layer of the next forward."""
+        if place in ("append", "attention"):
+            names = {"append": ["append"], "attention": ["prefill_attention", "decode_attention"]}[place]
+            calls = iter(range(10**9))
+            stack = ExitStack()
+            for name in names:
+                original = getattr(ops, name)
+
+                def late(*args, original=original, **kwargs):
+                    if next(calls) >= layer:
+                        raise Boom
+                    return original(*args, **kwargs)
+
+                stack.enter_context(mock.patch.object(ops, name, late))
+            return stack
+        block = self.model.model.layers[layer]
+        module = {"before": block.input_layernorm, "between": block.self_attn.o_proj, "after": self.model.lm_head}[
+            place
+        ]
+        return mock.patch.object(module, "forward", side_effect=Boom)
+
+    def forward(self, pair: Pair, tokens: int, alike: bool = False) -> bool:
+        real, ids = self.inputs(pair.truth, tokens)
+        if alike:
+            first = [self.random.randint(0, r) for r in range(len(real))]
+            real, ids = real[first], ids[first]
+        before = content(pair.engine)
+        try:
+            _, layers, found = self.model_forward(pair, real, ids)
+        except OutOfPages:
+            assert self.case.max_tokens is not None
+            assert content(pair.engine) == before
+            return False
+        self.follow(pair, real, layers, found)
+        return True
+
+    def follow(self, pair: Pair, real, layers, found) -> None:
+        """The truth reads what the model's layers made."""
+        rows, tokens = real.shape
+        config = self.model.config
+        none = [np.zeros((rows, h, tokens, config.head_dim)) for h in (config.num_attention_heads,)]
+        none += [np.zeros((rows, config.num_key_value_heads, tokens, config.head_dim))] * 2
+        expected = pair.truth.forward(real, [qkv or none for qkv in layers])
+        if pair.truth.reads_all:
+            for a, b in zip(found, expected):
+                known = ~np.isnan(b)
+                assert (a is None) == (not known.any())
+                assert a is None or np.abs(a[known] - b[known]).max(initial=0) < 5e-5
+
+    def failing(self, pair: Pair) -> bool:
+        real, ids = self.inputs(pair.truth, self.random.choice([1, 1, 2, 5]))
+        place = self.random.choice(["before", "append", "between", "attention", "after"])
+        twin = pair.cache.fork() if self.random.random() < 0.2 else None
+        before = content(pair.engine)
+        try:
+            _, layers, found = self.model_forward(
+                pair, real, ids, (self.random.randrange(len(pair.engine.layers)), place)
+            )
+        except Boom:
+            pass
+        except OutOfPages:
+            assert self.case.max_tokens is not None
+        else:  # the layer was skipped
+            self.follow(pair, real, layers, found)
+            return False
+        assert content(pair.engine) == before
+        if twin is not None:
+            try:
+                expected = self.model_forward(pair, real, ids, cache=twin)[0]
+                logits, layers, found = self.model_forward(pair, real, ids)
+            except OutOfPages:
+                return True
+            assert torch.equal(logits, expected)
+            self.follow(pair, real, layers, found)
+        return True
+
+    def crop(self, pair: Pair) -> bool:
+        columns = min(self.random.choice([0, 1, 2, 3, 40]), pair.engine.seen)
+        if not pair.truth.real:
+            return False
+        before = content(pair.engine)
+        try:
+            pair.cache.crop(-columns)
+        except OutOfPages:
+            assert content(pair.engine) == before
+            return False
+        pair.truth.crop(columns)
+        if pair.truth.recording:
+            pair.engine.recording = pair.truth.recording = False
+        return True
+
+    def record(self, pair: Pair) -> None:
+        pair.cache.activate_past_recording()
+        pair.truth.recording = True
+
+    def reorder(self, pair: Pair) -> bool:
+        if not pair.truth.real:
+            return False
+        rows = [self.random.randrange(pair.truth.rows) for _ in range(self.random.randint(1, 4))]
+        self.random.choice([pair.cache.reorder_cache, pair.cache.batch_select_indices])(torch.tensor(rows))
+        pair.truth.select_rows(rows)
+        return True
+
+    def repeat(self, pair: Pair) -> bool:
+        self.reset(pair)
+        return self.forward(pair, self.random.randint(1, 12), alike=True)
+
+    def fork(self, pair: Pair) -> bool:
+        if len(self.pairs) >= 4:
+            return False
+        self.pairs.append(self.pair(pair.cache.fork(), pair.truth.twin()))
+        return True
+
+    def pickle(self, pair: Pair) -> bool:
+        if any(layer.pending for layer in pair.engine.layers):
+            return False
+        c = self.case
+        state = pickle.loads(pickle.dumps(pair.cache.export_state()))
+        options = {"page_size": c.page_size, "max_tokens": c.max_tokens, "prefill": c.prefill}
+        try:
+            pair.cache = KVCache.import_state(self.model, state, **options)
+        except OutOfPages:
+            return False
+        pair.engine = pair.cache.engine
+        return True
+
+    def reset(self, pair: Pair) -> None:
+        pair.cache.reset()
+        pair.truth.reset()

@@ -11,9 +11,9 @@ import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from support.policies import active_layers, part
 
 from kvcache import H2O, RandomEviction, SkipDecode, StreamingLLM, TokenSelect
+from support.policies import active_layers, part
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class Truth:
         skip = part(self.policy, SkipDecode)
         if skip is None:
             return np.ones(reach.shape, bool)
-        return np.array([[layer in active_layers(skip, max(p, 0), len(self.windows), prompt) for p in r] for r in reach])
+        return np.array(
+            [[layer in active_layers(skip, max(p, 0), len(self.windows), prompt) for p in r] for r in reach]
+        )
 
     def forward(self, real: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
         """Read columns ``real`` [R, T]; ``layers``: q [R, Hq, T, D], k [R, H, T, D], v of each. What each layer attends
@@ -267,7 +269,9 @@ class Truth:
 
     def agree(self, layer: int, r: int, h: int, positions: np.ndarray) -> None:
         """Take over what the cache chose among entries whose scores are as good as equal."""
-        if (found := self.ties.get((layer, r, h))) is None or np.array_equal(self.heads[layer][r][h].positions, positions):
+        if (found := self.ties.get((layer, r, h))) is None or np.array_equal(
+            self.heads[layer][r][h].positions, positions
+        ):
             return
         every, near = found
         mine, theirs = set(self.heads[layer][r][h].positions.tolist()), set(positions.tolist())
