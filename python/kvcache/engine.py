@@ -8,6 +8,7 @@ the layout of pages.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ class Engine:
             raise ValueError(f"{policy} needs the model's rotation")
         self.layers = [Layer(self, i, w) for i, w in enumerate(windows)]
         self.storages: dict[tuple, PageStorage] = {}
+        self.pool_rows: int | None = None  # rows that share the storages, if other engines have rows there too
         self.seen = 0
         self.tokens = torch.zeros(0, dtype=torch.int32)
         self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
@@ -228,8 +230,8 @@ class Engine:
         layer.store = LayerStore(storage, k.shape[0], k.shape[1], self.policy.columns)
         if self.max_tokens is not None:
             # One partly filled page per row on top of what the tokens themselves fill.
-            pages = layer.store.heads * (-(-self.max_tokens // self.page_size) + layer.store.rows - 1)
-            storage.limit = (storage.limit or 0) + pages
+            rows = self.pool_rows or layer.store.rows
+            storage.allow(layer.index, layer.store.heads * (-(-self.max_tokens // self.page_size) + rows - 1))
 
     # -- attend -----------------------------------------------------------------------------------------------------
 
@@ -664,6 +666,86 @@ class Engine:
         self.prompt_tokens = self.prompt_tokens[rows] if len(self.prompt_tokens) else self.prompt_tokens
         self.real = None if self.real is None else self.real[rows]
 
+    def join(self, other: Engine) -> None:
+        """Take over the rows of ``other`` behind the own ones; it is empty then. Between forwards only.
+
+        ``other`` follows the same policy and shares the own ``storages``. Rows end in the same column, so that the one
+        that has seen less is padded on the left; a padded row behaves as it would alone.
+
+        Raises ValueError, with nothing changed, if either waits for word of accepted tokens or is inside a prompt.
+        """
+        for engine in (self, other):
+            if engine.recording or engine.step is not None or engine._prompt_left > 0 or engine.unplanned:
+                raise ValueError("rows can join only between forwards, with a complete prompt and nothing to accept")
+        mine, theirs = len(self.tokens), len(other.tokens)
+        states = [_joined(a.state, mine, b.state, theirs) for a, b in zip(self.layers, other.layers, strict=True)]
+        for layer, coming, state in zip(self.layers, other.layers, states):
+            self._join_layer(layer, mine, coming, theirs)
+            layer.state = state
+            layer.counters.update(coming.counters)
+        seen = max(self.seen, other.seen)
+        if self.seen != other.seen or self.real is not None or other.real is not None:
+            real = []
+            for engine, rows in ((self, mine), (other, theirs)):
+                own = torch.ones(rows, engine.seen, dtype=torch.bool) if engine.real is None else engine.real
+                real.append(torch.nn.functional.pad(own, (seen - engine.seen, 0), value=False))
+            self.real = torch.cat(real)
+        self.seen = seen
+        self.tokens = torch.cat([self.tokens, other.tokens])
+        self.prompt_tokens = torch.cat([self.prompt_tokens, other.prompt_tokens])
+        other.reset()
+        self.drop_padding()
+
+    def _join_layer(self, layer: Layer, mine: int, coming: Layer, theirs: int) -> None:
+        """One layer of :meth:`join`; a layer that no token of one side ran (a schedule) has no store there."""
+        known = layer.store or coming.store
+        if known is None:
+            return
+        for x, rows in ((layer, mine), (coming, theirs)):
+            if x.store is None:
+                x.store = LayerStore(known.storage, rows, known.heads, self.policy.columns)
+        assert layer.store is not None
+        assert coming.store is not None
+        layer.group = max(layer.group, coming.group)
+        budgets, recents = [], []
+        for x in (layer, coming):
+            if x.budgets is None:
+                x.engine._plan(x)
+            assert x.budgets is not None
+            assert x.recent is not None
+            budgets.append(x.budgets)
+            recents.append(x.recent)
+        layer.store.join(coming.store)
+        layer.set_budgets(torch.cat(budgets), torch.cat(recents))
+
+    def pages_bound(self, totals: list[int]) -> dict[PageStorage, np.ndarray]:
+        """Pages [rows] int64 that each row can come to hold, when row r ends with ``totals[r]`` real tokens.
+
+        Between forwards, with budgets fixed: no head exceeds its budget and the entries of one more step.
+        """
+        bounds: dict[PageStorage, np.ndarray] = {}
+        most = np.asarray(totals, np.int64)[:, None]
+        for layer in self.layers:
+            store = layer.store
+            if store is None:
+                continue
+            entries = np.minimum(most, layer.budgets_host.astype(np.int64) + 1)
+            pages = (-(-entries // self.page_size)).sum(1)
+            bounds[store.storage] = bounds.get(store.storage, 0) + pages
+        return bounds
+
+    def drop_padding(self) -> None:
+        """Forget leading columns that are padding in every row (rows that were longer have left)."""
+        if self.real is None:
+            return
+        some = self.real.any(0)
+        lead = int(some.int().argmax()) if bool(some.any()) else 0
+        if lead:
+            self.real = self.real[:, lead:].contiguous()
+            self.seen -= lead
+        if bool(self.real.all()):
+            self.real = None
+
     def reset(self) -> None:
         """Forget everything; pages go back to the pool and memory to the machine."""
         for layer in self.layers:
@@ -748,6 +830,36 @@ class Engine:
             }
         for name in self._COPIED:
             setattr(self, name, state[name])
+
+
+def _joined(mine: dict[str, Any], rows: int, theirs: dict[str, Any], more: int) -> dict[str, Any]:
+    """A policy's memory of ``rows`` rows and of ``more`` rows as one.
+
+    Tensors are joined along the row; a width that differs is filled up with -1 (integers) or 0, what one side lacks
+    altogether with 0. A bool holds if it holds for both sides. Raises ValueError for other values that differ.
+    """
+    joined: dict[str, Any] = {}
+    for name in {**mine, **theirs}:
+        a, b = mine.get(name), theirs.get(name)
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            a = b.new_zeros(rows, *b.shape[1:]) if a is None else a
+            b = a.new_zeros(more, *a.shape[1:]) if b is None else b
+            shape = [max(x, y) for x, y in zip(a.shape[1:], b.shape[1:], strict=True)]
+            fill = -1 if a.dtype in (torch.int32, torch.int64) else 0
+            parts = [torch.nn.functional.pad(x, _padding(x.shape[1:], shape), value=fill) for x in (a, b)]
+            joined[name] = torch.cat(parts)
+        elif isinstance(a, bool) or isinstance(b, bool):
+            joined[name] = bool(a) and bool(b)
+        elif a == b:
+            joined[name] = a
+        else:
+            raise ValueError(f"state {name!r} is {a!r} for some rows and {b!r} for others: they cannot be joined")
+    return joined
+
+
+def _padding(shape: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """What ``torch.nn.functional.pad`` needs to bring the last dimensions from ``shape`` to ``wanted``."""
+    return [n for have, want in zip(reversed(shape), reversed(wanted), strict=True) for n in (0, want - have)]
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:

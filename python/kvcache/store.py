@@ -34,6 +34,7 @@ class PageStorage:
         self.k_pages = torch.empty(0, page_size, k_dim, dtype=dtype, device=device)
         self.v_pages = torch.empty(0, page_size, v_dim, dtype=dtype, device=device)
         self.limit: int | None = None
+        self._allowed: dict[int, int] = {}
         self.layers: weakref.WeakSet[LayerStore] = weakref.WeakSet()
 
     @property
@@ -50,6 +51,11 @@ class PageStorage:
     def reserved_bytes(self) -> int:
         """Bytes that the storage has taken from the allocator, held pages and free ones."""
         return self.pool.capacity * self.page_bytes
+
+    def allow(self, layer: int, pages: int) -> None:
+        """Let ``layer`` hold ``pages`` pages; caches that share the storage share what their layers may hold."""
+        self._allowed[layer] = pages
+        self.limit = sum(self._allowed.values())
 
     def reserve(self, pages: int, spare: int = 0) -> None:
         """Make sure that ``pages`` pages are free, and ``spare`` more if there is room for them.
@@ -369,6 +375,29 @@ class LayerStore:
         self._bind()
         pool.retain(self.table_host)
         pool.release(before)
+
+    def join(self, other: LayerStore) -> None:
+        """Take over the rows of ``other``, a store of the same storage and heads, behind the own ones; empty then."""
+        self._widen(other.max_count)
+        other._widen(self.max_count)
+        pages = max(self.table.shape[2], other.table.shape[2])
+
+        def wide(x: Tensor, width: int, value: int = 0) -> Tensor:
+            return torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=value)
+
+        slots = pages * self.storage.page_size
+        self.table = torch.cat([wide(x.table, pages, -1) for x in (self, other)])
+        self.counts = torch.cat([self.counts, other.counts])
+        self.positions = torch.cat([wide(x.positions, slots) for x in (self, other)])
+        self.columns = torch.cat([wide(x.columns, slots) for x in (self, other)], 1)
+        self.rows += other.rows
+        self.max_count = max(self.max_count, other.max_count)
+        self._bind()
+        # The pages are ours now: nothing is left for the other store to release.
+        other.rows, other.max_count = 0, 0
+        other.table, other.counts = other.table[:0], other.counts[:0]
+        other.positions, other.columns = other.positions[:0], other.columns[:, :0]
+        other._bind()
 
     def fork(self) -> LayerStore:
         """A second store with the same entries; pages are shared until one side writes."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from . import _C
 from .attention import NAME, cache_argument
+from .batching import generate_batch
 from .cache import KVCache, check_options, resolve_policy
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
 from .parallel import tensor_parallel
@@ -81,6 +82,7 @@ def wrap(
     setattr(model, STATE, state)
     state.route(model, resolved)
     model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
+    model.generate_batch = types.MethodType(generate_batch, model)
     return model
 
 
@@ -105,7 +107,8 @@ def unwrap(model: ModelT) -> ModelT:
         handle.remove()
     for module in (*state.routed, *state.watched):
         module.__dict__.pop("forward", None)
-    model.__dict__.pop("_prepare_cache_for_generation", None)
+    for name in ("_prepare_cache_for_generation", "generate_batch"):
+        model.__dict__.pop(name, None)
     delattr(model, STATE)
     if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
         _set_implementation(model, state.original)
