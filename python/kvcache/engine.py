@@ -841,13 +841,15 @@ def _joined(mine: dict[str, Any], rows: int, theirs: dict[str, Any], more: int) 
     joined: dict[str, Any] = {}
     for name in {**mine, **theirs}:
         a, b = mine.get(name), theirs.get(name)
-        if isinstance(a, Tensor) or isinstance(b, Tensor):
-            a = b.new_zeros(rows, *b.shape[1:]) if a is None else a
-            b = a.new_zeros(more, *a.shape[1:]) if b is None else b
-            shape = [max(x, y) for x, y in zip(a.shape[1:], b.shape[1:], strict=True)]
-            fill = -1 if a.dtype in (torch.int32, torch.int64) else 0
-            parts = [torch.nn.functional.pad(x, _padding(x.shape[1:], shape), value=fill) for x in (a, b)]
-            joined[name] = torch.cat(parts)
+        some = a if isinstance(a, Tensor) else b
+        if isinstance(some, Tensor):
+            parts = [
+                x if isinstance(x, Tensor) else some.new_zeros(n, *some.shape[1:]) for x, n in ((a, rows), (b, more))
+            ]
+            shape = [max(x, y) for x, y in zip(parts[0].shape[1:], parts[1].shape[1:], strict=True)]
+            fill = -1 if some.dtype in (torch.int32, torch.int64) else 0
+            pad = torch.nn.functional.pad
+            joined[name] = torch.cat([pad(x, _padding(x.shape[1:], shape), value=fill) for x in parts])
         elif isinstance(a, bool) or isinstance(b, bool):
             joined[name] = bool(a) and bool(b)
         elif a == b:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from . import _C
 from .attention import NAME, cache_argument
-from .batching import generate_batch
 from .cache import KVCache, check_options, resolve_policy
+from .generate_batch import generate_batch
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
 from .parallel import tensor_parallel
 from .policies import Policy

@@ -42,7 +42,7 @@ def alone(model, ids, new=10):
     return continued(model, torch.tensor([ids]), new=new)[0].tolist()
 
 
-@pytest.mark.parametrize("rows, chunk", [(64, 2048), (3, 25), (2, 10)])
+@pytest.mark.parametrize(("rows", "chunk"), [(64, 2048), (3, 25), (2, 10)])
 @pytest.mark.parametrize("name", POLICIES)
 def test_tokens_are_those_of_each_request_alone(name, rows, chunk):
     model = kvcache.wrap(plain(), POLICIES[name], page_size=4)
@@ -211,7 +211,7 @@ def test_log_probabilities_are_those_of_the_model():
 
 
 @pytest.mark.parametrize(
-    "inputs, options, message",
+    ("inputs", "options", "message"),
     [
         ("text", {}, "inputs must be a list of lists of token ids, got str"),
         ([[1, "a"]], {}, r"inputs\[0\] must be a list of token ids"),
