@@ -16,13 +16,30 @@ ARGS   ?=
 export KVCACHE_CUDA_ARCHS ?= 90a-real
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check install -q
+# Two processes where pytest-xdist is there; asked when it is used, which is after .venv has been set up.
+XDIST   = $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(int(bool(u.find_spec('xdist'))))")),-n 2)
 HAVE   := $(shell $(PYTHON) -c "import importlib.util as u; print(int(all(u.find_spec(m) for m in ('torch', 'pybind11', 'scikit_build_core', 'pytest'))))")
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report compatibility
+.PHONY: test oldest test-oldest demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report compatibility
 
 test: build lint
-	$(PY) -m pytest -q $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(int(bool(u.find_spec('xdist'))))")),-n 2) $(ARGS)
+	$(PY) -m pytest -q $(XDIST) $(ARGS)
+
+# The tests that touch transformers once more, with the oldest version that is supported: kept in a folder of its own,
+# fetched once. The ops' reference and the engine alone do not depend on it and are left out.
+OLDEST ?= 5.17.0
+OLDEST_DIR = build/transformers-$(OLDEST)
+OLDEST_TESTS ?= tests/models tests/generation
+test-oldest: build oldest
+	PYTHONPATH="$(abspath $(OLDEST_DIR))" $(PY) -c "import transformers as t; assert t.__version__ == '$(OLDEST)', t.__file__"
+	KVCACHE_OPERATIONS=500 PYTHONPATH="$(abspath $(OLDEST_DIR))" $(PY) -m pytest -q $(XDIST) -m "not reference" \
+	  $(OLDEST_TESTS) $(ARGS)
+
+oldest: $(OLDEST_DIR)/fetched
+$(OLDEST_DIR)/fetched: | $(VENV)/ready
+	$(PIP) --upgrade --target $(OLDEST_DIR) --no-deps "transformers==$(OLDEST)"
+	touch $@
 
 demo: build
 	$(PY) -m kvcache.cli demo
