@@ -3,9 +3,10 @@
     python bench/end_to_end/batching.py [--requests 24] [--new 48] [--rows 8] [--threads 1] [--out FILE.json]
 
 The same weights, prompts and run for all contenders: transformers' ``generate`` on batches padded on the left
-(DynamicCache, sdpa), transformers' own ``generate_batch`` and ours under several policies. ``room`` is the number of tokens that the pool may hold at once (empty: no limit): with a limit, a policy that
-keeps less runs more requests together. *pool* is the most that pages in use held; *together* the most requests in one
-decode step. A contender that fails is a row with its error.
+(DynamicCache, sdpa), transformers' own ``generate_batch`` and ours under several policies. ``room`` is the number of
+tokens that the pool may hold at once (empty: no limit): with a limit, a policy that keeps less runs more requests
+together. *pool* is the most that pages in use held; *together* the most requests in one decode step. A contender that
+fails is a row with its error.
 """
 
 from __future__ import annotations

@@ -47,6 +47,13 @@ PAGED = (
 #: Layers that stay transformers'; 5.17 has no DummyLayer, and no layer at all for those that read another's entries.
 OWN = (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None))
 
+#: Model types whose forward does with the cache what no other does; told before their first forward.
+UNSERVED = {
+    "cpmant": "caches a learned prompt in columns before the tokens that it is given",
+    "dory": "runs layers in a loop and appends layers of its own to the cache",
+    "xlm": "is given all tokens at every step and decides itself which of them are new",
+}
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -76,6 +83,8 @@ def plan_layers(model: PreTrainedModel) -> LayerPlan:
     name = type(model).__name__
     if not model._supports_default_dynamic_cache():
         raise ValueError(f"{name} uses a cache of its own, which kvcache cannot stand in for")
+    if (reason := UNSERVED.get(model.config.model_type)) is not None:
+        raise ValueError(f"{name} {reason}: kvcache does not support this model")
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     windows: list[int | None] = []
     paged: list[int] = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import types
+import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 DECODE_MODES = ("auto", "eager")
+#: Wrapped models: some share one configuration object, and with it the attention implementation.
+_WRAPPED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 def wrap(
@@ -78,11 +81,15 @@ def wrap(
         state.watched = watch_modules(model)
     else:
         state.original = _set_implementation(model, NAME)
+        if state.original == NAME and (other := _sharer(model)) is not None:
+            state.original = other.original
     state.handles = hook_forward(model)
     setattr(model, STATE, state)
+    _WRAPPED.add(model)
     state.route(model, resolved)
-    model._prepare_cache_for_generation = types.MethodType(_prepare_cache, model)
-    model.generate_batch = types.MethodType(generate_batch, model)
+    # No methods: those are pickled by the name of their function, which the model's class does not have.
+    model._prepare_cache_for_generation = functools.partial(_prepare_cache, model)
+    model.generate_batch = functools.partial(generate_batch, model)
     return model
 
 
@@ -110,9 +117,24 @@ def unwrap(model: ModelT) -> ModelT:
     for name in ("_prepare_cache_for_generation", "generate_batch"):
         model.__dict__.pop(name, None)
     delattr(model, STATE)
+    _WRAPPED.discard(model)
+    if _sharer(model) is not None:
+        return model  # which still needs the implementation, and knows the one before
     if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
         _set_implementation(model, state.original)
     return model
+
+
+def _sharer(model: PreTrainedModel) -> WrappedState | None:
+    """The state of another wrapped model that has the same configuration object and its attention implementation."""
+    text = model.config.get_text_config(decoder=True)
+    for other in _WRAPPED:
+        state = None if other is model else wrapped_state(other)
+        if state is None or state.plan.self_attending:
+            continue
+        if other.config.get_text_config(decoder=True) is text:
+            return state
+    return None
 
 
 def _set_implementation(model: PreTrainedModel, name: str) -> str:

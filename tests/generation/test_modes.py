@@ -4,6 +4,8 @@ import copy
 import functools
 import gc
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -345,6 +347,71 @@ def test_gradients_of_training(name):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert any(bool(g.abs().max() > 1e-3) for g in expected)
     assert torch.equal(continued(model.eval(), IDS, MASK, NEW), alone(name))
+
+
+def test_four_threads_generate_with_one_model(name, model):
+    prompts = [prompt(18 + 4 * i, seed=40 + i) for i in range(4)]
+    expected = [continued(model, ids, None, NEW) for ids in prompts]
+    start = threading.Barrier(4)
+
+    def work(ids):
+        start.wait()
+        return [continued(model, ids, None, NEW) for _ in range(2)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, prompts))
+    assert all(torch.equal(a, b) for pair, b in zip(found, expected, strict=True) for a in pair)
+
+
+def test_two_models_that_share_a_config(name):
+    """Each follows its own policy, in turns; unwrapping one leaves the other wrapped."""
+    first, second = plain(), build(seed=5, num_hidden_layers=2)
+    expected = unwrapped(), continued(second, IDS, MASK, NEW)
+    second.config = first.config
+    for module in second.modules():
+        if hasattr(module, "config"):
+            module.config = first.config
+    kvcache.wrap(first, POLICIES[name], page_size=4)
+    kvcache.wrap(second, ROOMY[name], page_size=4)
+    for _ in range(2):
+        assert torch.equal(continued(first, IDS, MASK, NEW), alone(name))
+        assert torch.equal(continued(second, IDS, MASK, NEW), expected[1])
+    kvcache.unwrap(first)
+    assert torch.equal(continued(first, IDS, MASK, NEW), expected[0])
+    assert torch.equal(continued(second, IDS, MASK, NEW), expected[1])
+
+
+@pytest.mark.parametrize("call", [0, 3])  # in the prompt, and in a step
+def test_after_an_exception_inside_a_forward_the_next_call_is_right(name, model, call):
+    calls = iter(range(10**6))
+
+    def explode(module, args, output):
+        if next(calls) == call:
+            raise KeyError("in the middle")
+
+    handle = model.model.layers[1 if name != "skipdecode" else 0].self_attn.register_forward_hook(explode)
+    cache = kvcache.KVCache(model)
+    with pytest.raises(KeyError, match="in the middle"):
+        continued(model, IDS, MASK, NEW, past_key_values=cache)
+    handle.remove()
+    assert torch.equal(continued(model, IDS, MASK, NEW), alone(name))
+    # The cache that was interrupted goes on where it was: every token that it counted is there, no other is.
+    seen = cache.seen_tokens
+    assert seen == (0 if call == 0 else 30 + call - 1)
+    ids = torch.cat([IDS, alone(name)], 1)
+    mask = torch.nn.functional.pad(MASK, (0, NEW), value=1)
+    first = (IDS, MASK) if call == 0 else (ids[:, seen : seen + 1], mask[:, : seen + 1])
+    done = max(seen - 29, 0)
+    found = read(model, cache, *first, NEW - done)
+    assert torch.equal(torch.stack(found, 1).argmax(-1), alone(name)[:, done:])
+    within_budget(name, cache)
+
+
+def test_a_pickled_model_is_wrapped(name, model):
+    again = pickle.loads(pickle.dumps(model))
+    kvcache.unwrap(model)
+    assert torch.equal(continued(again, IDS, MASK, NEW), alone(name))
+    assert torch.equal(continued(kvcache.unwrap(again), IDS, MASK, NEW), unwrapped())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The compatibility sweep on a share of its classes, and that it notices what goes wrong."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,3 +137,19 @@ def test_the_table_counts_what_it_shows():
     assert "| A | handle | identical | identical | identical |  |" in text
     assert "| B | pre-hook | identical | identical | identical | only 1 different tokens |" in text
     assert "| C | refused |  |  |  | ValueError: a \\| b &lt;c> |" in text
+    old = {"A": same | {"outcome": "pre-hook"}, "C": {"outcome": "error", "reason": "KeyError: x"}}
+    text = compatibility.document(rows, {"transformers": "2", "torch": "2"}, {"1": old})
+    assert "whose mapping has 2 classes: **1 of them identical**" in text
+    assert "| A | handle | identical | identical | identical | pre-hook |  |" in text
+    assert "| B | pre-hook | identical | identical | identical |  | only 1 different tokens |" in text
+    assert "| C | refused |  |  |  | error (KeyError: x) | ValueError: a \\| b &lt;c> |" in text
+
+
+def test_the_committed_table_is_the_committed_measurement():
+    root = Path(__file__).resolve().parents[2]
+    newest, *rest = sorted((root / "bench/results/compatibility").glob("*.json"), reverse=True)
+    assert rest
+    found = json.loads(newest.read_text())
+    others = {p.stem.removeprefix("transformers-"): json.loads(p.read_text())["classes"] for p in rest}
+    text = compatibility.document(found["classes"], found["versions"], others)
+    assert (root / "docs/compatibility.md").read_text() == text

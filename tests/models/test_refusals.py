@@ -8,6 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import kvcache
+from kvcache.evaluation.compatibility import classes
+from kvcache.evaluation.tiny_models import tiny_model
 
 SMALL = {**BASE, "num_hidden_layers": 2}
 
@@ -44,6 +46,24 @@ def test_refused_by_name_and_untouched(name):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with torch.no_grad():
         assert torch.equal(model(ids, **more).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CpmAntForCausalLM", "CpmAntForCausalLM caches a learned prompt"),
+        ("DoryForCausalLM", "DoryForCausalLM runs layers in a loop"),
+        ("XLMWithLMHeadModel", "XLMWithLMHeadModel is given all tokens at every step"),
+    ],
+)
+def test_models_that_use_a_cache_as_no_other_does(name, message):
+    if name not in classes():
+        pytest.skip(f"transformers {transformers.__version__} has no {name} in its causal-LM mapping")
+    model = tiny_model(getattr(transformers, name), classes()[name])
+    before = sorted(model.__dict__)
+    with pytest.raises(ValueError, match=message):
+        kvcache.wrap(model)
+    assert sorted(model.__dict__) == before
 
 
 def test_things_that_are_no_transformers_model():

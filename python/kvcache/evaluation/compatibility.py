@@ -30,6 +30,19 @@ LIVELY = 3  # different tokens among NEW: below that, errors could hide behind o
 #: Seed and strength of the random weights, tried in this order until the model is lively.
 ATTEMPTS = ((0, 1.0), (1, 2.0), (2, 1.0), (3, 4.0), (4, 0.5), (5, 2.0))
 MEMORY = 12 << 30  # bytes of address space on top of the parent's: a hog ends itself, not the sweep
+#: Why tokens differ where they do, read in the models' sources; shown beside what is measured.
+REASONS = {
+    "GitForCausalLM": "transformers' text-only steps move the padding mask by the image's tokens: "
+    "unwrapped, too, a padded row is not what it is alone",
+    "MoshiForCausalLM": "its masks ignore its sliding window, its cache does not: "
+    "transformers reads a whole prompt, then the window alone",
+    "ProphetNetForCausalLM": "its decoding steps have no padding mask: "
+    "transformers attends to padding, which kvcache does not store",
+    "Qwen4ExpForCausalLM": "eviction: its indexer still chooses among what was evicted; "
+    "the oracle's mask hides that from it",
+    "RecurrentGemmaForCausalLM": "its recurrent layers read padding: "
+    "unwrapped, too, a padded row is not what it is alone",
+}
 
 
 class NoOracle(Exception):
@@ -184,8 +197,14 @@ def guarded(name: str, model_type: str, timeout: float) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
-def document(found: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
-    """docs/compatibility.md: a table of all rows and their counts."""
+def document(
+    found: dict[str, dict[str, Any]],
+    versions: dict[str, str],
+    others: dict[str, dict[str, dict[str, Any]]] | None = None,
+) -> str:
+    """docs/compatibility.md: a table of all rows and their counts. ``others``: rows of further transformers versions,
+    a column each."""
+    others = others or {}
     counts = Counter(row["outcome"] for row in found.values())
     evictions = Counter(_short(row.get("eviction", "")) for row in found.values())
     same = sum(counts[k] for k in TIERS)
@@ -222,17 +241,36 @@ def document(found: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
         "*not built*, *does not generate*: the sweep could not make a small model, or transformers cannot generate "
         "with it as it is; nothing is said about kvcache.",
         "",
-        "| Class | Outcome | Single | Padded | Eviction | Reason |",
-        "|---|---|---|---|---|---|",
+    ]
+    for version, rows in others.items():
+        right = [name for name in rows if rows[name]["outcome"] in TIERS]
+        lines += [
+            f"The column *{version}* is the outcome with transformers {version}, whose mapping has {len(rows)} "
+            f"classes: **{len(right)} of them identical**, alone and padded.",
+            "Empty: that version does not have the class. In brackets: what went wrong there and does not here.",
+            "",
+        ]
+    lines += [
+        "| " + " | ".join(["Class", "Outcome", "Single", "Padded", "Eviction", *others, "Reason"]) + " |",
+        "|---" * (6 + len(others)) + "|",
     ]
     for name, row in sorted(found.items(), key=lambda item: item[0].lower()):
         cells = [_short(row.get(c, "")) for c in ("single", "padded", "eviction")]
         reason = row.get("reason") or (row.get("eviction", "") if cells[2] == "error" else "")
+        if name in REASONS and ("different" in cells or row["outcome"] == "different"):
+            reason = REASONS[name]
         if row.get("distinct", LIVELY) < LIVELY:
             reason = "; ".join(filter(None, [reason, f"only {row['distinct']} different tokens"]))
-        reason = reason.replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| {name} | {row['outcome']} | {' | '.join(cells)} | {reason[:160]} |")
+        for rows in others.values():
+            there = rows.get(name, {"outcome": ""})
+            told = there["outcome"] in (*TIERS, "", row["outcome"])
+            cells.append(there["outcome"] if told else f"{there['outcome']} ({_cell(there.get('reason', ''), 80)})")
+        lines.append(f"| {name} | {row['outcome']} | {' | '.join(cells)} | {_cell(reason)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(text: str, most: int = 160) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")[:most]
 
 
 def _short(cell: str) -> str:
@@ -268,7 +306,12 @@ def main(argv: list[str] | None = None) -> int:
             path.write_text(json.dumps({"versions": versions, "classes": dict(sorted(found.items()))}, indent=1) + "\n")
     if options.docs:
         rows = {name: found.get(name, {"outcome": "not measured"}) for name in every}
-        options.docs.write_text(document(rows, {"transformers": transformers.__version__, "torch": torch.__version__}))
+        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+        others = {}
+        for other in sorted(path.parent.glob("transformers-*.json")):
+            if other != path:
+                others[other.stem.removeprefix("transformers-")] = json.loads(other.read_text())["classes"]
+        options.docs.write_text(document(rows, versions, others))
     return 0
 
 
