@@ -11,7 +11,7 @@ from support.random_operations import Case, Machine, ModelMachine
 import kvcache
 from kvcache import H2O, Full, RandomEviction, SkipDecode, StreamingLLM, TokenSelect
 
-OPERATIONS = int(os.environ.get("KVCACHE_OPERATIONS", 10_000))
+OPERATIONS = int(os.environ.get("KVCACHE_OPERATIONS", 6_000))
 PIECE = 2_000  # operations of one seed
 
 SKIP = SkipDecode(1, 2, 30)
