@@ -33,7 +33,7 @@ OLDEST_DIR = build/transformers-$(OLDEST)
 # 5.17 also needs an older huggingface_hub and what that one brings; everything else is .venv's.
 OLDEST_PACKAGES = "transformers==$(OLDEST)" "huggingface-hub>=1.5,<2" httpx httpcore certifi h11 idna anyio
 OLDEST_TESTS ?= tests/models $(addprefix tests/generation/test_,modes.py shared_rows.py drafts_and_forks.py \
-  chunked_prefill.py random_operations.py)
+  chunked_prefill.py random_operations.py continuous_batching.py)
 test-oldest: build oldest
 	PYTHONPATH="$(abspath $(OLDEST_DIR))" $(PY) -c "import transformers as t; assert t.__version__ == '$(OLDEST)', t.__file__"
 	KVCACHE_OPERATIONS=500 PYTHONPATH="$(abspath $(OLDEST_DIR))" $(PY) -m pytest -q $(XDIST) -m "not reference" \
