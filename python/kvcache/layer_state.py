@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .self_attending import SlotProbabilities, Watch
 
 FAR = torch.iinfo(torch.int32).max
+#: The attribute under which keys and values that ``update()`` returned carry their layer.
+HANDLE = "_kvcache_layer"
 
 
 class Layer:

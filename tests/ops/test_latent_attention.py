@@ -13,10 +13,10 @@ from kvcache.ops import reference
 
 
 def case_of(rows=1, latent=64, rope=16, max_count=40, dtype=torch.float32, page_size=16, room=0, seed=0, full=False):
+    sizes = {"max_count": 0, "room": max_count} if full else {"max_count": max_count, "room": room}
     case = make_paged(
-        rows=rows, heads=1, page_size=page_size, k_dim=latent, v_dim=rope, dtype=dtype, max_count=0 if full else max_count,
-        room=max_count if full else room, seed=seed,
-    )  # fmt: skip
+        rows=rows, heads=1, page_size=page_size, k_dim=latent, v_dim=rope, dtype=dtype, seed=seed, **sizes
+    )
     if full:  # every row holds max_count entries, in order
         g = torch.Generator().manual_seed(seed)
         k, v = (torch.randn(rows, 1, max_count, n, generator=g) for n in (latent, rope))
