@@ -37,16 +37,16 @@ std::tuple<Tensor, Tensor> latent_attention(const Tensor& q_latent, const Tensor
   check.entries(view, counts, positions);
   p.q = check.strided4("q_latent", q_latent, {{"R", view.rows}, {"Hq", kAny}, {"T", kAny}, {"L", view.k_dim}});
   p.query_heads = int32_t(q_latent.size(1)), p.tokens = int32_t(q_latent.size(2));
-  all.q_rope = check.strided4("q_rope", q_rope,
-                              {{"R", view.rows}, {"Hq", p.query_heads}, {"T", p.tokens}, {"Dr", view.v_dim}});
+  all.q_rope =
+      check.strided4("q_rope", q_rope, {{"R", view.rows}, {"Hq", p.query_heads}, {"T", p.tokens}, {"Dr", view.v_dim}});
   if (all.q_rope.dtype != p.q.dtype) check.type_error("q_rope has another dtype than q_latent");
   if (q_positions) check.positions(*q_positions);
   check.window(window_start, true);
   check.softcap(softcap);
   if (statistics) {
     if (p.tokens != 1) check.value_error("statistics needs T=1, q_latent has T=" + std::to_string(p.tokens));
-    p.statistics =
-        const_cast<float*>(check.float32("statistics", *statistics, {{"R", view.rows}, {"H", 1}, {"C", view.capacity}}));
+    p.statistics = const_cast<float*>(
+        check.float32("statistics", *statistics, {{"R", view.rows}, {"H", 1}, {"C", view.capacity}}));
   }
   check.live_pages(view);
   p.scale = float(scale);
@@ -58,7 +58,6 @@ std::tuple<Tensor, Tensor> latent_attention(const Tensor& q_latent, const Tensor
   Tensor lse = check.empty(q_latent, {view.rows, p.tokens, p.query_heads}, abi::aoti_torch_dtype_float32());
   p.out = out.mutable_data<void>();
   p.lse = lse.mutable_data<float>();
-#if 0
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, q_latent);
     if (plan) {
@@ -69,9 +68,7 @@ std::tuple<Tensor, Tensor> latent_attention(const Tensor& q_latent, const Tensor
     const Tensor memory = check.scratch(q_latent, cuda::latent_attention_scratch(all, launch.multiprocessors()));
     p.scratch = memory.mutable_data<float>();
     launch.succeed(cuda::latent_attention(all, launch.multiprocessors(), launch.stream()));
-  } else
-#endif
-  {
+  } else {
     p.splits = 1;
     if (view.rows == 0 || queries == 0) return {std::move(out), std::move(lse)};
     const int64_t blocks = ceil_div(p.tokens, cpu::prefill_query_block(p.query_heads, 1)), items = view.rows * blocks;
@@ -106,11 +103,7 @@ const Op kLatentOps[] = {
      "Tensor positions, Tensor? q_positions, Tensor? window_start, Tensor(a!)? statistics, float scale, "
      "float softcap=0.0, float statistics_decay=1.0, bool statistics_max=False, Tensor? plan=None) "
      "-> (Tensor, Tensor)",
-#if defined(KVCACHE_EMULATED)
-     nullptr, nullptr},
-#else
-     abi::Box<bindings::latent_attention<bindings::Backend::kCpu>>::call, nullptr},
-#endif
+     KVCACHE_OP(latent_attention)},
     {},
 };
 

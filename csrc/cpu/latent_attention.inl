@@ -9,7 +9,7 @@
 namespace kvcache::cpu::KVCACHE_ISA_NS {
 namespace {
 
-constexpr int kLatentKeys = 64;   // of a tile: 64 x 656 floats leave room in the L2 for the queries
+constexpr int kLatentKeys = 64;  // of a tile: 64 x 656 floats leave room in the L2 for the queries
 constexpr int kMaxLatent = 512, kMaxRope = 128;
 constexpr int kLatentStep = 656;  // floats between rows, as kRowStep
 static_assert(kLatentStep >= kMaxLatent + kMaxRope && kLatentKeys <= kKeys && kLatentStep / 16 % 2 == 1);
@@ -133,7 +133,8 @@ inline void latent_items(const LatentParams& all, int64_t begin, int64_t end) {
                              4 * Arena::bytes_of(kPanel) + Arena::bytes_of(sizeof(QueryPanel) / 4)));
   KeyTile tile;
   tile.keys = tile.values = arena.floats(tile_floats);
-  memset(tile.keys, 0, size_t(tile_floats) * 4);  // rows behind the tile's meet arithmetic, though nobody reads the results
+  memset(tile.keys, 0,
+         size_t(tile_floats) * 4);  // rows behind the tile's meet arithmetic, though nobody reads the results
   float* scores = arena.floats((kLatentKeys + kRows) * kPanel);
   block.panel = reinterpret_cast<QueryPanel*>(arena.floats(most_panels * int64_t(sizeof(QueryPanel)) / 4));
   for (int64_t i = 0; i < most_panels; ++i) {

@@ -125,8 +125,7 @@ inline void score_tile(const AttentionParams& p, const QueryBlock& block, const 
   while (end > begin && !panel.reaches(tile.position[begin])) ++begin;
   const Vec unused[V] = {};
   for (int i = begin; i < end; i += kRows)
-    multiply<V>(tile.keys + i * kStep, kStep, 1, panel.queries, p.view.k_dim, nullptr, unused,
-                scores + i * kWidth);
+    multiply<V>(tile.keys + i * kStep, kStep, 1, panel.queries, p.view.k_dim, nullptr, unused, scores + i * kWidth);
   const bool all_visible = tile.positions.high <= panel.upper.low && tile.positions.low >= panel.lower.high;
   if (!all_visible || p.softcap > 0 || p.bias || p.mask)
     adjust_scores(p, block, panel, tile, begin, end, !all_visible, scores);
@@ -163,8 +162,7 @@ inline void weigh_tile(const AttentionParams& p, QueryPanel& panel, const KeyTil
   for (int j = 0; j < V; ++j) store(panel.mass + j * kLanes, mass[j]);
   for (int d = 0; d < p.view.v_dim; d += kRows) {
     float* sums = panel.sums + d * kWidth;
-    multiply<V>(tile.values + begin * kStep + d, 1, kStep, scores + begin * kWidth, end - begin, sums, shrink,
-                sums);
+    multiply<V>(tile.values + begin * kStep + d, 1, kStep, scores + begin * kWidth, end - begin, sums, shrink, sums);
   }
 }
 
@@ -200,7 +198,8 @@ inline Range start_block(const AttentionParams& p, QueryBlock& block, const Load
       if (p.window_start) panel.start[m] = p.window_start[place];
       panel.upper.add(last), panel.lower.add(panel.start[m]);
       reach.add(last), reach.add(panel.start[m]);
-      fill_lane(load(block.row, query_head, token), dim, p.softcap > 0 ? p.scale : p.scale * kLog2E, lanes, m, panel.queries);
+      fill_lane(load(block.row, query_head, token), dim, p.softcap > 0 ? p.scale : p.scale * kLog2E, lanes, m,
+                panel.queries);
     }
   }
   return reach;
