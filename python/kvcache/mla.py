@@ -88,7 +88,7 @@ class Absorption:
         if weight is not None and weight.shape[0] == q.shape[1] and pays and engine.takes_latents(layer, ask):
             return engine.attend_latents(layer, q, ask, lambda q, ask: self._absorbed(layer, q, weight, ask))
         entries = (x.to(key.dtype) for x in engine.dense_slots(layer))
-        return engine.attend(layer, q, ask, self.expand(*entries))
+        return engine.attend(layer, q, replace(ask, expand=self.expand), self.expand(*entries))
 
     def _absorbed(self, layer: Layer, q: Tensor, weight: Tensor, ask: Attention) -> Tensor:
         rows, heads, tokens, _ = q.shape

@@ -116,6 +116,24 @@ def test_drafts_are_checked_in_the_latent_space(calls):
     assert max(shape[2] for shape in calls) > 1
 
 
+@pytest.mark.parametrize("policy", ["wide", "h2o"])
+def test_drafts_under_a_policy_that_scores(policy):
+    """What was drafted is scored once it is accepted, by the queries that were expanded for it."""
+    model = kvcache.wrap(build("deepseek-v3"), POLICIES[policy])
+    ids = prompt(12).repeat(1, 3)
+    plain = greedy(model, ids)
+    drafted = greedy(model, ids, prompt_lookup_num_tokens=4)
+    if policy == "wide":  # with evictions a draft's tokens see what they would not have seen one by one
+        assert torch.equal(plain.sequences, drafted.sequences)
+        a, b = plain[CACHE].engine.layers[1].store, drafted[CACHE].engine.layers[1].store
+        n = min(int(a.counts.min()), int(b.counts.min()), ids.shape[1])
+        mine, theirs = a.columns[0][..., :n], b.columns[0][..., :n]
+        torch.testing.assert_close(
+            mine, theirs, rtol=0.05, atol=0.2
+        )  # the last token may be scored by one of them only
+    assert int(drafted[CACHE].kept(0).max()) <= (12 if policy == "h2o" else 400)
+
+
 def test_a_second_short_prompt(calls):
     """Several new queries behind a long past: each sees what came before it, padding nothing."""
     model = build("deepseek-v3")
