@@ -185,6 +185,15 @@ def test_each_query_sees_what_came_before_it(backend):
     assert (lse[:, 2] == float("-inf")).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_query_rows_than_one_launch_takes(backend, dtype):
+    case = case_of(2, 32, 16, 150, dtype, full=True)
+    q = queries(case, 100, tokens=6)
+    reach = ints([[0, 20, 149, -1, 80, 3], [5, 149, 70, 71, 72, 140]])
+    start = (reach - 40).clamp(min=0)
+    assert_attention(call(q, case, reach, start), expect(q, case, reach, start), q[0], error_of(q, case))
+
+
 def test_uniform_attention_by_hand(backend):
     """A zero query weighs all entries equally: the mean of the latents, and statistics of one over their number."""
     case = case_of(1, 64, 16, 100, torch.bfloat16, full=True)
