@@ -21,6 +21,7 @@ BENCH = Path(__file__).resolve().parent
 #: Most important first: what no longer fits into the time is left out, and said so.
 ORDER = (
     "decode_attention",
+    "latent_attention",
     "topk",
     "selection",
     "prefill_attention",

@@ -71,6 +71,14 @@ struct AttentionParams {
   int32_t plan_workers;  // that it is made for: decode_plan_workers(its size)
 };
 
+// Absorbed latent attention: an entry's key is its latent (k_pages) followed by its rotary key (v_pages), its value the
+// latent alone. One kv head. In `attention` q is the latent part of the queries; view.k_dim and view.v_dim are the widths of
+// latent and rotary key; out is [rows, tokens, query_heads, k_dim], lse [rows, tokens, query_heads].
+struct LatentParams {
+  AttentionParams attention;  // sinks, bias, mask, index unused; statistics: tokens == 1
+  Strided4 q_rope;            // [rows, query_heads, tokens, v_dim] in q's dtype
+};
+
 // Shares out the entries of all heads among the blocks of a decode launch, for all layers at once.
 struct PlanParams {
   const int32_t* counts;  // [layers, rows, heads]

@@ -24,7 +24,21 @@ namespace kvcache::cpu {
   return group >= 192 ? 1 : 192 / (group > 0 ? group : 1);
 }
 
+// Floats of latent attention's `scratch`: each split's partial result, then the logits when statistics are collected.
+[[maybe_unused]] static int64_t latent_partial_floats(const LatentParams& p) {
+  const AttentionParams& a = p.attention;
+  const int64_t queries = int64_t(a.view.rows) * a.tokens * a.query_heads;
+  return a.splits > 1 ? queries * a.splits * (a.view.k_dim + 2) : 0;
+}
+[[maybe_unused]] static int64_t latent_scratch_floats(const LatentParams& p) {
+  const AttentionParams& a = p.attention;
+  const int64_t logits = a.statistics ? int64_t(a.view.rows) * a.query_heads * a.view.capacity : 0;
+  return latent_partial_floats(p) + logits;
+}
+
 // Slots of one column-sum work item; a (row, head) has ceil(capacity / block) items (those beyond its count are free).
 static constexpr int64_t kColumnBlock = 96;
+// The same of latent attention's statistics; a row has ceil(capacity / block) items.
+static constexpr int64_t kLatentColumns = 512;
 
 }  // namespace kvcache::cpu

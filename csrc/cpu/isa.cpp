@@ -20,6 +20,7 @@
 #include "rows.inl"
 #include "decode_attention.inl"
 #include "prefill_attention.inl"
+#include "latent_attention.inl"
 #include "column_sums.inl"
 #include "selection_scores.inl"
 #include "page_scores.inl"
@@ -39,6 +40,9 @@ const Table table = {
     .decode_attention = decode_attention,
     .decode_combine = decode_combine,
     .prefill_attention = prefill_attention,
+    .latent_attention = latent_attention,
+    .latent_combine = latent_combine,
+    .latent_statistics = latent_statistics,
     .column_sums = column_sums,
     .selection_logits = selection_logits,
     .selection_vote = selection_vote,

@@ -18,6 +18,9 @@ struct Table {
   void (*decode_attention)(const AttentionParams&, int64_t begin, int64_t end);    // (row * heads + head) * splits + split
   void (*decode_combine)(const AttentionParams&, int64_t begin, int64_t end);      // row * heads + head; only when splits > 1 or statistics
   void (*prefill_attention)(const AttentionParams&, int64_t begin, int64_t end);  // (row * heads + head) * query blocks + block; see attention_plan.h
+  void (*latent_attention)(const LatentParams&, int64_t begin, int64_t end);       // (row * query blocks + block) * splits + split
+  void (*latent_combine)(const LatentParams&, int64_t begin, int64_t end);         // (row * tokens + token) * query_heads + query head; only when splits > 1
+  void (*latent_statistics)(const LatentParams&, int64_t begin, int64_t end);      // row * column blocks + block; after the others
   void (*column_sums)(const ColumnSumsParams&, int64_t begin, int64_t end);        // (row * heads + head) * column blocks + block; see attention_plan.h
   void (*selection_logits)(const SelectionParams&, int64_t begin, int64_t end);    // row * heads + head; also the softmax of soft
   void (*selection_vote)(const SelectionParams&, int64_t begin, int64_t end);      // per_head ? row * heads + head : row; after all selection_logits

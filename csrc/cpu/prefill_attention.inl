@@ -114,22 +114,28 @@ inline void adjust_scores(const AttentionParams& p, const QueryBlock& block, con
   }
 }
 
-template <int V>
-inline void attend_tile(const AttentionParams& p, const QueryBlock& block, QueryPanel& panel, const KeyTile& tile,
-                        float* scores) {
+// Logits of a tile, [begin .. end, lanes]. kStep: floats from key to key of the tile. Entries at either end that no query of
+// the panel sees are left out: on the diagonal that is half of the tile.
+template <int V, int kStep>
+inline void score_tile(const AttentionParams& p, const QueryBlock& block, const QueryPanel& panel, const KeyTile& tile,
+                       float* scores, int& begin, int& end) {
   constexpr int kWidth = V * kLanes;
-  // Entries at either end that no query of the panel sees are left out: on the diagonal that is half of the tile.
-  int begin = 0, end = tile.n;
+  begin = 0, end = tile.n;
   while (end > begin && !panel.reaches(tile.position[end - 1])) --end;
   while (end > begin && !panel.reaches(tile.position[begin])) ++begin;
   const Vec unused[V] = {};
   for (int i = begin; i < end; i += kRows)
-    multiply<V>(tile.keys + i * kRowStep, kRowStep, 1, panel.queries, p.view.k_dim, nullptr, unused,
-                scores + i * kWidth);
+    multiply<V>(tile.keys + i * kStep, kStep, 1, panel.queries, p.view.k_dim, nullptr, unused, scores + i * kWidth);
   const bool all_visible = tile.positions.high <= panel.upper.low && tile.positions.low >= panel.lower.high;
   if (!all_visible || p.softcap > 0 || p.bias || p.mask)
     adjust_scores(p, block, panel, tile, begin, end, !all_visible, scores);
+}
 
+// Turns logits into weights and adds the weighted values to what has been summed so far.
+template <int V, int kStep>
+inline void weigh_tile(const AttentionParams& p, QueryPanel& panel, const KeyTile& tile, float* scores, int begin,
+                       int end) {
+  constexpr int kWidth = V * kLanes;
   Vec shrink[V], level[V], mass[V];
   for (int j = 0; j < V; ++j) {
     const Vec old = load(panel.peak + j * kLanes);
@@ -156,16 +162,24 @@ inline void attend_tile(const AttentionParams& p, const QueryBlock& block, Query
   for (int j = 0; j < V; ++j) store(panel.mass + j * kLanes, mass[j]);
   for (int d = 0; d < p.view.v_dim; d += kRows) {
     float* sums = panel.sums + d * kWidth;
-    multiply<V>(tile.values + begin * kRowStep + d, 1, kRowStep, scores + begin * kWidth, end - begin, sums, shrink,
-                sums);
+    multiply<V>(tile.values + begin * kStep + d, 1, kStep, scores + begin * kWidth, end - begin, sums, shrink, sums);
   }
 }
 
+template <int V>
+inline void attend_tile(const AttentionParams& p, const QueryBlock& block, QueryPanel& panel, const KeyTile& tile,
+                        float* scores) {
+  int begin, end;
+  score_tile<V, kRowStep>(p, block, panel, tile, scores, begin, end);
+  weigh_tile<V, kRowStep>(p, panel, tile, scores, begin, end);
+}
+
 // Lays out the block's queries in panels and clears their sums. Returns what of the positions they see at most.
-inline Range start_block(const AttentionParams& p, QueryBlock& block) {
+// load(row, query_head, token) -> [k_dim] floats.
+template <class Load>
+inline Range start_block(const AttentionParams& p, QueryBlock& block, const Load& load) {
   const int dim = p.view.k_dim;
   Range reach;
-  float plain[kMaxDim + kChunk];
   for (int i = 0; i < block.panels; ++i) {
     QueryPanel& panel = block.panel[i];
     const int lanes = panel.vecs * kLanes;
@@ -184,9 +198,8 @@ inline Range start_block(const AttentionParams& p, QueryBlock& block) {
       if (p.window_start) panel.start[m] = p.window_start[place];
       panel.upper.add(last), panel.lower.add(panel.start[m]);
       reach.add(last), reach.add(panel.start[m]);
-      const int64_t offset = block.row * p.q.stride[0] + query_head * p.q.stride[1] + token * p.q.stride[2];
-      convert_row(plain, DType::kFloat32, element(p.q.data, p.q.dtype, offset), p.q.dtype, dim);
-      fill_lane(plain, dim, p.softcap > 0 ? p.scale : p.scale * kLog2E, lanes, m, panel.queries);
+      fill_lane(load(block.row, query_head, token), dim, p.softcap > 0 ? p.scale : p.scale * kLog2E, lanes, m,
+                panel.queries);
     }
   }
   return reach;
@@ -234,6 +247,12 @@ inline void prefill_items(const AttentionParams& p, int64_t begin, int64_t end) 
     panel.last = reinterpret_cast<int32_t*>(arena.floats(kPanel));
     panel.start = reinterpret_cast<int32_t*>(arena.floats(kPanel));
   }
+  float plain[kMaxDim + kChunk];
+  const auto load_query = [&](int64_t row, int64_t query_head, int64_t token) -> const float* {
+    const int64_t offset = row * p.q.stride[0] + query_head * p.q.stride[1] + token * p.q.stride[2];
+    convert_row(plain, DType::kFloat32, element(p.q.data, p.q.dtype, offset), p.q.dtype, p.view.k_dim);
+    return plain;
+  };
   for (int64_t item = begin; item < end; ++item) {
     const int64_t line = item / blocks;
     block.row = line / p.view.heads, block.head = line % p.view.heads;
@@ -247,7 +266,7 @@ inline void prefill_items(const AttentionParams& p, int64_t begin, int64_t end) 
       panel.used = queries - panel.first < kPanel ? queries - panel.first : kPanel;
       panel.vecs = (panel.used + kLanes - 1) / kLanes;
     }
-    const Range reach = start_block(p, block);
+    const Range reach = start_block(p, block, load_query);
     Walk walk = head_walk(p, line);
     int64_t next = 0;
     while (next_keys(walk, next, tile)) {

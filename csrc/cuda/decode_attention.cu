@@ -12,9 +12,6 @@
 #endif
 
 namespace kvcache::cuda {
-namespace {
-
-// Dynamic shared memory that a block of the current device can have.
 int64_t shared_memory_limit() {
 #if defined(KVCACHE_EMULATED)
   const char* less = std::getenv("KVCACHE_EMULATED_SHARED");  // as smaller devices have it
@@ -34,6 +31,8 @@ int64_t shared_memory_limit() {
   return known[device];
 #endif
 }
+
+namespace {
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

@@ -106,6 +106,8 @@ __device__ __forceinline__ RowHead row_head(const PagedView& view, int item) {
   return {row, item - row * view.heads};
 }
 
+int64_t shared_memory_limit();  // dynamic shared memory that a block of the current device can have
+
 // Launches of the kernels in the other files; block sizes and shared memory are theirs.
 struct DecodeNeeds {
   DecodeBlock block;

@@ -21,6 +21,8 @@ int page_bounds(const PageBoundsParams& p, Stream stream);
 int plan_decode(const PlanParams& p, Stream stream);
 int64_t decode_attention_scratch(const AttentionParams& p, int multiprocessors);
 int decode_attention(const AttentionParams& p, int multiprocessors, Stream stream);
+int64_t latent_attention_scratch(const LatentParams& p, int multiprocessors);
+int latent_attention(const LatentParams& p, int multiprocessors, Stream stream);
 int64_t prefill_attention_scratch(const AttentionParams& p, int multiprocessors);
 int prefill_attention(const AttentionParams& p, int multiprocessors, Stream stream);
 int query_begin(const QueryBeginParams& p, Stream stream);

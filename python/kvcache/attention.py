@@ -22,7 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationM
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .layer_state import Layer
+from .layer_state import HANDLE, Layer
+from .mla import absorption_of
 from .step import Attention
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if not Version("5.17") <= Version(transformers.__version__) < Version("6.dev0"):
     raise ImportError(f"kvcache works with transformers 5.17 to 5.x, found {transformers.__version__}")
 
 NAME = "kvcache"  # plain on purpose: "flash" or "paged|" in a name changes transformers' behaviour
-HANDLE = "_kvcache_layer"
 #: The name of a model's argument and output that holds its cache: since transformers 5.24, and before.
 CACHE_ARGUMENTS = ("cache", "past_key_values")
 
@@ -106,6 +106,9 @@ def paged_attention(
         mask=None if attention_mask is None else _as_bool(attention_mask),
     )
     with torch.no_grad():
+        absorption = absorption_of(module) if dense is None else None
+        if absorption is not None:
+            return absorption.attend(layer, query, key, ask), None
         return layer.engine.attend(layer, query, ask, dense), None
 
 

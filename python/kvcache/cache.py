@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .attention import HANDLE, current_frame
+from .attention import current_frame
 from .cache_layers import is_stateful, make_layer
 from .engine import Engine
-from .layer_state import Layer
+from .layer_state import HANDLE, Layer
 from .layers import wrapped_state
 from .policies import Policy, compose, parse_policy
 from .report import Report
@@ -225,11 +225,12 @@ class KVCache(Cache):
                 return self._update_alone(layer, key_states, value_states)
             self.engine.append(layer, key_states, value_states, step)
             tier = self._plan.tiers[layer_idx]
-            if tier in ("pre-hook", "materialised"):
+            absorbed = layer_idx in self._plan.absorbed  # the entries may not have to be expanded
+            if tier in ("pre-hook", "materialised") and not absorbed:
                 layer.new = None
-                k, v = dense_columns(layer, step) if tier == "pre-hook" else _dense_slots(layer, step)
+                k, v = dense_columns(layer, step) if tier == "pre-hook" else self.engine.dense_slots(layer)
                 return k.to(key_states.dtype), v.to(value_states.dtype)
-        layer.new = (key_states, value_states)
+        layer.new = None if absorbed else (key_states, value_states)
         k, v = key_states.view_as(key_states), value_states.view_as(value_states)
         setattr(k, HANDLE, layer)
         setattr(v, HANDLE, layer)
@@ -391,13 +392,6 @@ class KVCache(Cache):
         for layer, own in zip(cache.layers, state["layer_states"], strict=True):
             layer.__dict__.update(copy.deepcopy(own))
         return cache
-
-
-def _dense_slots(layer: Layer, step: Step) -> tuple[Tensor, Tensor]:
-    """Keys and values of ``layer`` in slot order, [R, H, n, D], for every row of the model."""
-    assert layer.store is not None
-    k, v = layer.store.gather("keys"), layer.store.gather("values")
-    return (k, v) if step.repeats is None else (step.repeats.spread(k), step.repeats.spread(v))
 
 
 def _own_state(layer: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ the layout of pages.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -288,6 +288,52 @@ class Engine:
                 layer.pending.append(RecordedQueries(q, positions, lse, start, mask, ask))
             else:
                 self._collect(layer, pages, q, positions, lse, start, mask, ask)
+        return out
+
+    # -- latents (mla.py) -------------------------------------------------------------------------------------------
+
+    def dense_slots(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Keys and values of ``layer`` in slot order, [R, H, n, D], for every row of the model."""
+        assert self.step is not None
+        assert layer.store is not None
+        k, v = layer.store.gather("keys"), layer.store.gather("values")
+        repeats = self.step.repeats
+        return (k, v) if repeats is None else (repeats.spread(k), repeats.spread(v))
+
+    def _decodes(self, layer: Layer) -> bool:
+        """Whether this step brings one real token per row, which all run the layer and is known to stay."""
+        step = self.step
+        assert step is not None
+        return step.tokens == 1 and layer.index not in step.routed and not step.padded and not self.recording
+
+    def takes_latents(self, layer: Layer, ask: Attention) -> bool:
+        """Whether :meth:`read_latents` can answer this step: causal attention, its statistics those of one token."""
+        return ask.mask is None and ask.sinks is None and (not self.policy.needs or self._decodes(layer))
+
+    def attend_latents(self, layer: Layer, q: Tensor, ask: Attention, absorbed: Callable[..., Tensor]) -> Tensor:
+        """``absorbed(q, ask)`` -> [R, T, Hq, Dv] for the rows of q [R, Hq, T, D] that differ, spread over all rows."""
+        assert self.step is not None
+        repeats = self.step.repeats
+        return absorbed(q, ask) if repeats is None else repeats.spread(absorbed(repeats.once(q), ask))
+
+    def read_latents(self, layer: Layer, q_latent: Tensor, q_rope: Tensor, ask: Attention) -> Tensor:
+        """Weighted latents [R, T, Hq, L] of q_latent [R, Hq, T, L], q_rope [R, Hq, T, P] over the layer's entries."""
+        step, store, policy = self.step, layer.store, self.policy
+        assert step is not None
+        assert store is not None
+        layer.group = 1  # as where entries are expanded: every query head has its own keys
+        device, storage = q_latent.device, store.storage
+        one, reach = self._decodes(layer), None
+        if not one:
+            reach, active = step.on(device, step.reach), step.routed.get(layer.index)
+            reach = reach if active is None else torch.where(step.on(device, active), reach, -1)
+        start = None if layer.window is None else step.on(device, step.window_start(layer.window))
+        keep = 0.0 if "last_attention" in policy.needs else 1.0
+        out, _ = ops.latent_attention(
+            q_latent, q_rope, storage.k_pages, storage.v_pages, store.table, store.counts, store.positions, reach,
+            start, store.columns[0] if policy.needs else None, ask.scale, ask.softcap, keep,
+            policy.group_reduction == "max", self._decode_plan(layer) if one else None,
+        )  # fmt: skip
         return out
 
     def _is_plain(self, layer: Layer, step: Step, ask: Attention, keys: Tensor) -> bool:

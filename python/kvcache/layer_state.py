@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .self_attending import SlotProbabilities, Watch
 
 FAR = torch.iinfo(torch.int32).max
+#: The attribute under which keys and values that ``update()`` returned carry their layer.
+HANDLE = "_kvcache_layer"
 
 
 class Layer:
@@ -80,7 +82,11 @@ class RecordedQueries:
         """Add the mass of the queries before ``limits`` [R] to the scores."""
         assert layer.store is not None
         accepted = torch.where(self.positions < limits[:, None], self.positions, -1)
-        engine._collect(layer, Pages.of(layer.store), self.q, accepted, self.lse, self.start, self.mask, self.ask)
+        pages = Pages.of(layer.store)
+        if self.ask.expand is not None:
+            entries = self.ask.expand(*(layer.store.gather(x).to(self.q.dtype) for x in ("keys", "values")))
+            pages = Pages.dense(*entries, layer.store.counts, layer.store.positions)
+        engine._collect(layer, pages, self.q, accepted, self.lse, self.start, self.mask, self.ask)
 
     def select_rows(self, rows: Tensor) -> RecordedQueries:
         """Of the rows ``rows`` [R'] int64 alone."""

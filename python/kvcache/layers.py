@@ -41,6 +41,7 @@ class WrappedState:
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
     watched: list[nn.Module] = field(default_factory=list)
+    absorbed: list[nn.Module] = field(default_factory=list)
     _rotation: Rotation | ValueError | None = None
 
     windows = property(lambda self: self.plan.windows)

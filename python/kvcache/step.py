@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -145,3 +146,5 @@ class Attention:
     softcap: float = 0.0
     sinks: Tensor | None = None
     mask: Tensor | None = None  # bool [R, 1 | heads, T, columns seen]
+    # Keys and values of the query heads from stored entries, where the queries are not those of what is stored (MLA).
+    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None

@@ -62,6 +62,7 @@ class LayerPlan:
     windows: list[int | None]
     tiers: dict[int, str]
     layers: list[Any]  # transformers' own, never filled
+    absorbed: frozenset[int] = frozenset()  # materialised layers whose queries can go into the latent space (mla.py)
 
     @property
     def self_attending(self) -> bool:
@@ -170,25 +171,27 @@ def caching_modules(model: nn.Module) -> list[nn.Module]:
 
 
 @functools.cache  # a class has many modules in a model, and is asked about more than once
-def _tree(forward: Callable) -> ast.AST | None:
+def tree_of(forward: Callable) -> ast.AST | None:
+    """The source of a function; None where there is none."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
         return None
 
 
-def _is_update(node: ast.AST) -> bool:
+def is_update(node: ast.AST) -> bool:
+    """Whether it calls ``update()`` of something: a cache, in an attention module."""
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update"
 
 
 def _calls_update(cls: type[nn.Module]) -> bool:
-    tree = _tree(cls.forward)
-    return tree is not None and any(_is_update(n) for n in ast.walk(tree))
+    tree = tree_of(cls.forward)
+    return tree is not None and any(is_update(n) for n in ast.walk(tree))
 
 
 def _transforms_after_update(cls: type[nn.Module]) -> bool | None:
     """Whether ``cls.forward`` changes keys or values after caching them; None if it does no cached attention."""
-    tree = _tree(cls.forward)
+    tree = tree_of(cls.forward)
     if tree is None:
         return None
     names: list[str] | None = None
@@ -199,7 +202,7 @@ def _transforms_after_update(cls: type[nn.Module]) -> bool | None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
             targets = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-            if _is_update(node.value):
+            if is_update(node.value):
                 if len(targets) == 2:
                     names, updated = targets, node.lineno
                 continue

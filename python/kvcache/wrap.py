@@ -15,6 +15,8 @@ from .attention import NAME, cache_argument
 from .cache import KVCache, check_options, resolve_policy
 from .generate_batch import generate_batch
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
+from .mla import NAME as EXPANSION
+from .mla import absorb, with_absorbed
 from .parallel import tensor_parallel
 from .policies import Policy
 from .self_attending import watch_modules
@@ -70,11 +72,12 @@ def wrap(
     if model.dtype not in STORAGE_DTYPES:
         raise ValueError(f"{name} computes in {model.dtype}, kvcache in one of {', '.join(map(str, STORAGE_DTYPES))}")
     previous = wrapped_state(model)
+    parallel = tensor_parallel(model)
     plan = previous.plan if previous else plan_layers(model)
+    if not previous and parallel is None:
+        plan = with_absorbed(model, plan)
     resolved.check(len(plan.windows))
-    state = WrappedState(
-        resolved, page_size, kv_dtype, max_tokens, plan, parallel=tensor_parallel(model), prefill=prefill
-    )
+    state = WrappedState(resolved, page_size, kv_dtype, max_tokens, plan, parallel=parallel, prefill=prefill)
     state.check_policy(model, resolved)
     unwrap(model)
     if plan.self_attending:
@@ -83,6 +86,7 @@ def wrap(
         state.original = _set_implementation(model, NAME)
         if state.original == NAME and (other := _sharer(model)) is not None:
             state.original = other.original
+    state.absorbed = absorb(model, plan)
     state.handles = hook_forward(model)
     setattr(model, STATE, state)
     _WRAPPED.add(model)
@@ -116,6 +120,8 @@ def unwrap(model: ModelT) -> ModelT:
         module.__dict__.pop("forward", None)
     for name in ("_prepare_cache_for_generation", "generate_batch"):
         model.__dict__.pop(name, None)
+    for module in state.absorbed:
+        module.__dict__.pop(EXPANSION, None)
     delattr(model, STATE)
     _WRAPPED.discard(model)
     if _sharer(model) is not None:

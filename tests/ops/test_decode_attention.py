@@ -267,3 +267,19 @@ def test_uniform_attention_by_hand(backend):
     torch.testing.assert_close(lse, torch.full((1, 4), math.log(100)))
     torch.testing.assert_close(statistics[..., :100], torch.full((1, 1, 100), 2.01), rtol=1e-5, atol=0)
     assert (statistics[..., 100:] == 8.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [0, 700, 1000, 1023, 1024])
+def test_pieces_in_which_nothing_is_seen(backend, dtype, first):
+    """A window hides whole pieces of a long row, up to all of them: no NaN, no mass where nothing was seen."""
+    case = storage(1, 1, 1024, k_dim=64, dtype=dtype)
+    q = query(case, 4)
+    statistics = torch.full(case.positions.shape, 2.0)
+    call = {"window_start": ints([first]), "plan": plan(case.counts, 5, backend)}
+    out, lse = decode(q, case, statistics, statistics_decay=0.5, **call)
+    assert_attention((out, lse), expect(q, case, **call), q, 2e-5)
+    assert bool((lse == float("-inf")).all()) == (first == 1024)
+    assert (statistics[..., :first] == 1.0).all()
+    mass = float(statistics[..., first:1024].sum()) - (1024 - first)
+    assert abs(mass - (first < 1024)) < 2e-3

@@ -21,6 +21,8 @@ def good_calls():
     read = {name: storage[name] for name in ("k_pages", "v_pages", "table", "counts", "positions")}
     keys = {name: storage[name] for name in ("k_pages", "table", "counts", "positions")}
     capacity = case.positions.shape[2]
+    latent = make_paged(rows=2, heads=1, page_size=4, k_dim=8, v_dim=6, max_count=12, room=4, seed=4)
+    latent = dict(zip(("k_pages", "v_pages", "table", "counts", "positions"), latent.args))
     keep = ints([0, 2, -1]).expand(2, 2, 3).contiguous()
     two = ints([[2, 2], [2, 2]])
     q, q_positions = torch.randn(2, 4, 3, 8), ints([[1, 2, 3], [4, 5, 6]])
@@ -52,6 +54,10 @@ def good_calls():
         | extras
         | listed
         | {"statistics": torch.zeros(2, 2, capacity), "scale": 0.5, "softcap": 10.0},
+        "latent_attention": {"q_latent": torch.randn(2, 4, 1, 8), "q_rope": torch.randn(2, 4, 1, 6)}
+        | latent
+        | {"q_positions": ints([[3], [6]]), "window_start": ints([[0], [1]])}
+        | {"statistics": torch.zeros(latent["positions"].shape), "scale": 0.5, "softcap": 10.0},
         "column_sums": {"q": q}
         | keys
         | {"q_positions": q_positions, "lse": torch.zeros(2, 4, 3), "window_start": q_positions - 3}
@@ -77,7 +83,7 @@ def good_calls():
 
 def change_for(name, op):
     """Generic damage: (label, exception, function of the good value)."""
-    storage_dtype = name in ("k_pages", "v_pages", "k", "v", "q")
+    storage_dtype = name in ("k_pages", "v_pages", "k", "v", "q", "q_latent", "q_rope")
     yield (
         "float64" if storage_dtype else "dtype",
         TypeError,
@@ -134,6 +140,18 @@ def bad_calls():
         yield values(op, table=hole)
         yield values(op, table=far)
         yield values(op, q=good[op]["q"][:, :3].contiguous())
+    latent = good["latent_attention"]
+    yield values("latent_attention", counts=latent["counts"] + 100)
+    yield values("latent_attention", counts=latent["counts"] - 100)
+    yield values("latent_attention", table=torch.full_like(latent["table"], -1))
+    yield values("latent_attention", table=table, counts=counts, positions=good["append"]["positions"])
+    yield values("latent_attention", k_pages=torch.zeros(len(latent["k_pages"]), 4, 513))
+    yield values("latent_attention", v_pages=torch.zeros(len(latent["k_pages"]), 4, 129))
+    yield values("latent_attention", TypeError, q_rope=latent["q_rope"].half())
+    yield values("latent_attention", q_rope=latent["q_rope"][:, :3].contiguous())
+    yield values("latent_attention", softcap=-1.0)
+    two_tokens = {name: latent[name].expand(2, 4, 2, -1).contiguous() for name in ("q_latent", "q_rope")}
+    yield values("latent_attention", **two_tokens, q_positions=None, window_start=None)
     for op in ("topk", "choose_victims", "page_bounds"):
         yield values(op, counts=many)
     yield values("append", table=ends)

@@ -42,6 +42,9 @@ def samples():
     lse = torch.randn(2, 4, 3)
     bounds = torch.randn(max(len(case.k_pages), len(twin.k_pages)), 2, 8)
     pages = torch.where(case.counts > 0, 0, -1).int()[..., None]
+    latent = case_of(heads=1)
+    absorbed = (torch.randn(2, 4, 1, 8), torch.randn(2, 4, 1, 6), *latent.args[:5])
+    mass = torch.rand(latent.positions.shape)
     return {
         "append": [
             ((*case.args, k, v, new_positions),),
@@ -57,6 +60,10 @@ def samples():
         "decode_attention": [
             ((q[:, :, 0], *shared, None, None, None, None, None, None, 0.4),),
             ((q[:, :, 0], *shared, first, *extras[1:], index, index_counts, statistics, 0.4, 20.0, 0.9, True),),
+        ],
+        "latent_attention": [
+            ((*absorbed, None, None, None, 0.4),),
+            ((*absorbed, q_positions[:, -1:].contiguous(), None, mass, 0.4, 20.0, 0.9, True),),
         ],
         "column_sums": [
             ((q, *keys, q_positions, lse, None, None, None, 0.4),),

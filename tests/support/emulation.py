@@ -124,7 +124,14 @@ def register() -> None:
 
 
 #: Ops that leave the entries where they are: they may follow the table no further than the counts say.
-_READERS = {"decode_attention", "prefill_attention", "column_sums", "selection_scores", "page_bounds"}
+_READERS = {
+    "decode_attention",
+    "latent_attention",
+    "prefill_attention",
+    "column_sums",
+    "selection_scores",
+    "page_bounds",
+}
 
 
 class Narrowed:

@@ -28,6 +28,7 @@ __all__ = [
     "copy_pages",
     "decode_attention",
     "gather_rows",
+    "latent_attention",
     "overwrite",
     "page_bounds",
     "page_scores",
@@ -52,6 +53,7 @@ OPS = (
     "copy_pages",
     "decode_attention",
     "gather_rows",
+    "latent_attention",
     "overwrite",
     "page_bounds",
     "page_scores",
@@ -298,6 +300,37 @@ def decode_attention(
         return reference.decode_attention(*args)
     try:
         return _native.decode_attention(*args)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def latent_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor | None,
+    window_start: Tensor | None,
+    statistics: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    statistics_decay: float = 1.0,
+    statistics_max: bool = False,
+    plan: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in the latent space of MLA: :func:`kvcache.ops.reference.latent_attention`."""
+    args = (
+        q_latent, q_rope, k_pages, v_pages, table, counts, positions, q_positions, window_start, statistics, scale,
+        softcap, statistics_decay, statistics_max, plan,
+    )  # fmt: skip
+    if _native is None:
+        validation.latent_attention(*args)
+        return reference.latent_attention(*args)
+    try:
+        return _native.latent_attention(*args)
     except RuntimeError as error:
         _raise(error)
 

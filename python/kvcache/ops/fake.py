@@ -26,6 +26,12 @@ def _decode_attention(
     return out, q.new_empty(rows, query_heads, dtype=torch.float32)
 
 
+def _latent_attention(q_latent: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    rows, query_heads, tokens, latent = q_latent.shape
+    out = q_latent.new_empty(rows, tokens, query_heads, latent)
+    return out, q_latent.new_empty(rows, tokens, query_heads, dtype=torch.float32)
+
+
 def _column_sums(
     q: Tensor, k_pages: Tensor, table: Tensor, counts: Tensor, positions: Tensor, *args: object, **kwargs: object
 ) -> Tensor:
@@ -116,6 +122,7 @@ def register(namespace: str) -> None:
         "overwrite": _nothing,
         "prefill_attention": _prefill_attention,
         "decode_attention": _decode_attention,
+        "latent_attention": _latent_attention,
         "plan_decode": _plan_decode,
         "column_sums": _column_sums,
         "selection_scores": _selection_scores,

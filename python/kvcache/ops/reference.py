@@ -295,6 +295,54 @@ def decode_attention(
     return out[:, 0], lse[..., 0]
 
 
+def latent_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor | None,
+    window_start: Tensor | None,
+    statistics: Tensor | None,
+    scale: float,
+    softcap: float = 0.0,
+    statistics_decay: float = 1.0,
+    statistics_max: bool = False,
+    plan: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention in the latent space of MLA: all query heads over one latent per entry, which is key and value at once.
+
+    An entry is its latent, ``k_pages`` [P, S, L] with L up to 512, and its rotary key, ``v_pages`` [P, S, Dr] with Dr
+    up to 128, of one head: ``table`` [R, 1, M]. The queries have been multiplied by the part of the up-projection that
+    makes keys: q_latent [R, Hq, T, L]; q_rope [R, Hq, T, Dr] is their rotary part, of the same dtype. A logit is
+    ``(q_latent . latent + q_rope . rope) * scale``. ``q_positions`` and ``window_start`` [R, T] int32 as in
+    :func:`prefill_attention`; without ``q_positions`` every entry is in the past. ``statistics`` [R, 1, C], its decay
+    and ``statistics_max`` as in :func:`decode_attention`, for T = 1 only, and so is ``plan``.
+
+    Returns ``out`` [R, T, Hq, L] in the queries' dtype, weighted latents that the other part of the up-projection turns
+    into values, and ``lse`` [R, T, Hq] float32. Source: the absorbed form in DeepSeek-V2, arXiv 2405.04434, section
+    2.1.2. ValueError for sizes beyond the limits or that do not fit, TypeError for dtypes.
+    """
+    rows, query_heads, tokens, latent = q_latent.shape
+    if q_positions is None:
+        q_positions = torch.full((rows, tokens), torch.iinfo(torch.int32).max, dtype=torch.int32, device=counts.device)
+    width = int(counts.max()) if counts.numel() else 0
+    latents, ropes = (gather_pages(x, table, counts, width) for x in (k_pages, v_pages))
+    q, keys = torch.cat([q_latent, q_rope], -1), torch.cat([latents, ropes], -1)
+    seen = _visible(counts, positions, q_positions, window_start, None, None, None, width)  # [R, 1, T, n]
+    logits = _scores(q, keys, scale, softcap)[:, 0].masked_fill(~seen, NEG_INF)  # [R, Hq, T, n]
+    lse = logits.logsumexp(-1) if width else logits.new_full(logits.shape[:-1], NEG_INF)
+    p = torch.exp(logits - lse.masked_fill(lse == NEG_INF, 0.0)[..., None])
+    out = p @ latents.to(p.dtype)
+    if statistics is not None:
+        old, mass = statistics[..., :width], p[:, :, 0]
+        mass = mass.amax(1, keepdim=True) if statistics_max else mass.mean(1, keepdim=True)
+        statistics[..., :width] = torch.where(_alive(counts, width), old * statistics_decay + mass.float(), old)
+    return out.transpose(1, 2).to(q_latent.dtype).contiguous(), lse.transpose(1, 2).float().contiguous()
+
+
 def plan_decode(counts: Tensor, added: int, most: int, workers: int = 0) -> Tensor:
     """How decode attention on a GPU shares out the entries of all layers among its blocks, once per step.
 

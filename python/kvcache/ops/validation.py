@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 MAX_HEAD_SIZE = 256
+MAX_LATENT, MAX_ROPE = 512, 128
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 Dims = list[tuple[str, int | None]]
 
@@ -423,6 +424,50 @@ def decode_attention(
     check.attention(None, window_start, sinks, bias, None, softcap)
     check.index(index, index_counts, index_pages)
     if statistics is not None:
+        check.plain("statistics", statistics, torch.float32, check.per_entry)
+    check.live_pages()
+
+
+def latent_attention(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor | None,
+    window_start: Tensor | None,
+    statistics: Tensor | None,
+    scale: float,
+    softcap: float,
+    statistics_decay: float,
+    statistics_max: bool,
+    plan: Tensor | None,
+) -> None:
+    check = _View("latent_attention")
+    check.view(k_pages, v_pages, table)
+    for name, size, most in (("k_pages", check.k_dim, MAX_LATENT), ("v_pages", check.v_dim, MAX_ROPE)):
+        if not 1 <= size <= most:
+            raise check.value_error(f"{name} has width {size}, needs 1 to {most}")
+    if check.heads != 1:
+        raise check.value_error(f"table has {check.heads} heads, needs 1")
+    check.entries(counts, positions)
+    check.strided("q_latent", q_latent, STORAGE, [*check.per_row, ("Hq", None), ("T", None), ("L", check.k_dim)])
+    _, heads, tokens, _ = q_latent.shape
+    check.strided("q_rope", q_rope, STORAGE, [*check.per_row, ("Hq", heads), ("T", tokens), ("Dr", check.v_dim)])
+    if q_rope.dtype != q_latent.dtype:
+        raise TypeError(f"{check.op}: q_rope has another dtype than q_latent")
+    check.query_heads, check.tokens = heads, tokens
+    per_token: Dims = [*check.per_row, ("T", tokens)]
+    for name, x in (("q_positions", q_positions), ("window_start", window_start)):
+        if x is not None:
+            check.plain(name, x, torch.int32, per_token)
+    if not softcap >= 0:
+        raise check.value_error(f"softcap is {softcap:f}, needs 0 (none) or more")
+    if statistics is not None:
+        if tokens != 1:
+            raise check.value_error(f"statistics needs T=1, q_latent has T={tokens}")
         check.plain("statistics", statistics, torch.float32, check.per_entry)
     check.live_pages()
 
