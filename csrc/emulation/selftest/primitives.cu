@@ -146,7 +146,7 @@ __global__ void atomics(T* out, T* seen) {  // [8], [3 * 64]
   atomicMin(&out[3], mine);
   atomicMax(&out[4], mine);
   if (i == 5) atomicExch(&out[5], T(7));
-  for (T old = out[6], next; (next = atomicCAS(&out[6], old, T(old + 3))) != old;) old = next;
+  for (T old = atomicAdd(&out[6], T(0)), next; (next = atomicCAS(&out[6], old, T(old + 3))) != old;) old = next;
 }
 
 template <class T>
