@@ -68,9 +68,11 @@ __global__ void __launch_bounds__(C::kThreads)
   const int copied = warp * C::kCopied + lane;
   int tile = -1, slot = -1, position = kNowhere;
   int64_t line = -1;
+  Bounds bounds{};
   auto look_up = [&] {
     tile = scan.pull(entries, facts.reach);
     if (tile < 0) return;
+    bounds = scan.of(tile);
     slot = lane < C::kCopied ? entries.slot(tile * C::kKeys + copied) : -1;
     position = entries.position(slot);
     line = slot < 0 ? -1 : entries.line(slot);
@@ -81,7 +83,7 @@ __global__ void __launch_bounds__(C::kThreads)
         memory.slot[stage * C::kKeys + copied] = slot;
         memory.position[stage * C::kKeys + copied] = position;
       }
-      if (threadIdx.x == 0) memory.tile[stage] = scan.of(tile);
+      if (threadIdx.x == 0) memory.tile[stage] = bounds;
       const int first = warp * C::kCopied;
       copy_rows<T, C::kCopied>(static_cast<const T*>(p.view.k_pages), k_dim, k_dim, line < 0 ? -1 : line * k_dim,
                                memory.keys(stage), first, memory.k_width);

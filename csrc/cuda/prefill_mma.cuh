@@ -9,14 +9,6 @@
 
 namespace kvcache::cuda {
 
-// Steps of a product that the compiler may overlap, for lengths that it knows and for others. Where it does not spill with all
-// of them (sm_90) there is no limit.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-constexpr int kUnrolledSteps = __CUDA_ARCH__ >= 1000 ? 2 : 4, kUnrolledAnySteps = 1;
-#else
-constexpr int kUnrolledSteps = 16, kUnrolledAnySteps = 2;
-#endif
-
 // Softcap of a logit, in base 2: tanh(x) = 1 - 2 / (e^2x + 1), to about 1e-7. to_cap = 2 log2(e) scale / softcap and
 // from_cap = softcap log2(e).
 __device__ __forceinline__ float capped(float product, float to_cap, float from_cap) {
@@ -78,10 +70,10 @@ __device__ __forceinline__ void multiply_rows(const T* a, int first_a, const T* 
     }
   };
   if constexpr (kDim > 0) {
-#pragma unroll kUnrolledSteps
+#pragma unroll
     for (int s = 0; s < kDim / 16; ++s) step(s);
   } else {
-#pragma unroll kUnrolledAnySteps
+#pragma unroll 2
     for (int s = 0; s < dim / 16; ++s) step(s);
   }
 }
