@@ -104,7 +104,7 @@ __global__ __launch_bounds__(kThreads) void move_strips(CompactParams p, int k_s
                                unit < row_units);
     if constexpr (!std::is_void_v<T>) {
       __syncthreads();  // the strip is in place
-      if (keys) bound_strip<T, vector_of<Unit, T>(), kLanes>(p, rows.target, unit, n);
+      if (keys) bound_strip<T, kVectorOf<Unit, T>, kLanes>(p, rows.target, unit, n);
     }
     return;
   }

@@ -72,7 +72,7 @@ __global__ __launch_bounds__(kThreads) void move_last(OverwriteParams p, int blo
   }
   __syncthreads();  // everybody has read the counts, and the keys are where they belong
   if constexpr (!std::is_void_v<T>) {
-    bound_changed_pages<T, vector_of<Unit, T>()>(p, first, items, block_heads);
+    bound_changed_pages<T, kVectorOf<Unit, T>>(p, first, items, block_heads);
     __syncthreads();
   }
   for (int i = int(threadIdx.x); i < block_heads && first + i < items; i += kThreads) {

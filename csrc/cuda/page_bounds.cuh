@@ -7,9 +7,7 @@ namespace kvcache::cuda {
 
 // Channels of storage T that a Unit of memory holds.
 template <class Unit, class T>
-constexpr int vector_of() {
-  return sizeof(Unit) < sizeof(T) ? 1 : int(sizeof(Unit) / sizeof(T));
-}
+constexpr int kVectorOf = sizeof(Unit) < sizeof(T) ? 1 : int(sizeof(Unit) / sizeof(T));
 
 template <class T, int n>
 struct ChannelBounds {
