@@ -50,9 +50,11 @@ demo: build
 build: $(VENV)/built
 
 ifeq ($(HAVE),1)
-# The interpreter may be a venv itself, whose packages --system-site-packages does not show: hence the .pth file.
+# The interpreter may be a venv itself, whose packages --system-site-packages does not show: hence the .pth file. Where
+# Python came without ensurepip, pip is the outer one too.
 $(VENV)/ready: Makefile
-	$(PYTHON) -m venv --system-site-packages $(VENV) || { echo "$(NO_VENV)"; exit 1; }
+	$(PYTHON) -m venv --system-site-packages $(VENV) || $(PYTHON) -m venv --clear --without-pip --system-site-packages $(VENV) \
+	  || { echo "$(NO_VENV)"; exit 1; }
 	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/_outer.pth"
 	touch $@
@@ -82,9 +84,20 @@ NO_VENV = $(PYTHON) cannot make a virtual environment. On Debian or Ubuntu: apt-
 compatibility: build
 	$(PY) -m kvcache.evaluation.compatibility --again --docs docs/compatibility.md
 
-# --- on a machine with a GPU and nvcc, also without a network. Each part ends by itself, within ten minutes.
-SANITIZE_TESTS ?= tests/ops
-gpu: gpu-test gpu-sanitize gpu-bench
+# --- on a machine with a GPU and nvcc, also without a network. Each part ends by itself, within ten minutes, the build
+# included: what is left of its time when the build is there is what it may take.
+PART_SECONDS ?= 570
+GPU_WORKERS  ?= 6
+started := $(shell date +%s)
+remaining = $(PART_SECONDS) - $$(date +%s) + $(started)
+left = $$(($(remaining) > 30 ? $(remaining) : 30))
+workers = $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(int(bool(u.find_spec('xdist'))))")),-n $(GPU_WORKERS))
+gpu%: export PATH := $(PATH):/usr/local/cuda/bin
+
+# A part that fails does not keep the others from running.
+gpu:
+	@failed=; for part in gpu-test gpu-sanitize gpu-bench; do $(MAKE) $$part || failed="$$failed $$part"; done; \
+	  [ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 gpu-build: $(VENV)/ready
 	nvidia-smi -L || { echo "make gpu needs a GPU: nvidia-smi names none"; exit 1; }
@@ -92,21 +105,13 @@ gpu-build: $(VENV)/ready
 	  -Ccmake.define.KVCACHE_CUDA=ON -e .
 
 gpu-test: gpu-build
-	timeout 540 $(PY) -m pytest -q -m cuda tests $(ARGS)
+	timeout $(left) $(PY) -m pytest -q -m cuda $(workers) tests $(ARGS)
 
-# A small share of the examples: the tools slow kernels down a hundred times. What a tool cannot do here is said.
 gpu-sanitize: gpu-build
-	@for tool in memcheck racecheck synccheck initcheck; do \
-	  command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer: not installed here"; exit 0; }; \
-	  echo "compute-sanitizer --tool $$tool"; \
-	  KVCACHE_EXAMPLES=2 PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 140 compute-sanitizer --tool $$tool --error-exitcode 9 \
-	    --target-processes all --log-file build/gpu/sanitizer-$$tool.log \
-	    $(PY) -m pytest -q -x -m cuda $(SANITIZE_TESTS) 2>&1 | tail -3; \
-	  tail -2 build/gpu/sanitizer-$$tool.log; \
-	done
+	$(PY) bench/sanitize.py --seconds $(left) --logs build/gpu
 
 gpu-bench: gpu-build
-	timeout 570 $(PY) bench/gpu.py --minutes 9
+	timeout $(left) $(PY) bench/gpu.py --seconds $$(($(left) - 15)) $(ARGS)
 
 # No GPU needed: what the compiler says of every kernel, for docs/kernels.md.
 kernel-report:

@@ -1,6 +1,6 @@
 """Run the kernel benchmarks on this machine's GPU and write ``bench/results/<gpu>/<op>.json``.
 
-    python bench/gpu.py [--minutes 8] [--full] [ops ...]
+    python bench/gpu.py [--seconds 480] [--full] [ops ...]
 
 Each script gets a share of the time and ends by itself; the tables come last, so that a log that was cut shows them.
 Used by ``make gpu-bench``.
@@ -40,7 +40,7 @@ def gpu_name() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--seconds", type=float, default=480.0, help="for everything together")
     parser.add_argument("--full", action="store_true", help="every shape")
     parser.add_argument("ops", nargs="*", default=ORDER)
     options = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> int:
         return 1
     out = BENCH / "results" / gpu_name()
     out.mkdir(parents=True, exist_ok=True)
-    end, tables, failed = time.monotonic() + 60 * options.minutes, [], []
+    end, tables, failed = time.monotonic() + options.seconds, [], []
     for i, op in enumerate(options.ops):
         left = end - time.monotonic()
         limit = left / (len(options.ops) - i) * 2 if i + 1 < len(options.ops) else left

@@ -3,6 +3,8 @@
     python bench/kernel_report.py [--archs 80,89,90a,100,120] [--out bench/results/nvcc/kernels.json] [sources]
 
 Needs nvcc and no GPU. Prints a table, one line per kernel family, and exits with 1 where a kernel spills registers.
+With sources named, their lines alone are replaced in the file, for the same architectures. (The build itself fails
+where a decode kernel spills: CMakeLists.txt.)
 ``make kernel-report`` writes the JSON that docs/kernels.md shows.
 """
 
@@ -78,6 +80,15 @@ def families(rows: list[dict]) -> list[dict]:
     return list(out.values())
 
 
+def merged(before: dict, table: list[dict], archs: list[str], sources: list[Path]) -> list[dict]:
+    """The lines of a report with those of ``sources`` replaced by ``table``; files that are gone have none."""
+    if list(archs) != before["archs"]:
+        raise SystemExit(f"the report is of {','.join(before['archs'])}: ask for those, or for all sources")
+    new = {source.name for source in sources}
+    kept = [x for x in before["kernels"] if x["source"] not in new and (SOURCES / x["source"]).exists()]
+    return sorted([*kept, *table], key=lambda line: line["source"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", type=lambda text: text.split(","), default=ARCHS)
@@ -93,6 +104,8 @@ def main() -> int:
         used = " ".join(f"{line['registers'].get(a, 0):>7}" for a in options.archs)
         print(f"{line['kernel']:44} {line['instances']:>9} {used} {line['spills']:>7}")
     if options.out:
+        if options.out.exists() and len(options.sources) < len(list(SOURCES.glob("*.cu"))):
+            table = merged(json.loads(options.out.read_text()), table, options.archs, options.sources)
         version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
         release = re.search(r"release ([\d.]+)", version)
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ def shapes(bench: Bench) -> list[tuple]:
     if bench.kind == "emulated":
         return [(2, 2, 2, 96, True), (2, 1, 2, 96, False)]
     some = [(32, 1, 8, 512, True), (32, 1, 8, 4096, True), (32, 8, 8, 2048, True), (32, 1, 8, 4096, False)]
+    some += [(1, 1, 8, 131072, True)]  # few long heads: each is cut into pieces
     if bench.options.full:
         some += [(80, 1, 8, 4096, True), (32, 64, 8, 1024, True)]
     return some[:2] if bench.options.quick else some

@@ -108,12 +108,14 @@ Tensor choose_victims(const OptionalTensor& scores, const Tensor& counts, const 
   p.end = check.int32("end", end, {rows});
   p.rows = int32_t(rows.size);
   p.heads = int32_t(heads.size);
+  p.capacity = capacity.size;
   if (B == Backend::kCpu) check_counts(check, p.counts, p.counts_stride, rows.size, heads.size, capacity.size);
   Tensor victims = check.empty(positions, {rows.size, heads.size}, counts.dtype());
   p.victims = victims.mutable_data<int32_t>();
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, positions);
-    launch.succeed(cuda::choose_victims(p, launch.stream()));
+    const Tensor memory = check.scratch(positions, cuda::choose_victims_scratch(p));
+    launch.succeed(cuda::choose_victims(p, memory.mutable_data<void>(), launch.stream()));
   } else {
     abi::parallel_for(rows.size * heads.size, grain(capacity.size),
                       [&](int64_t begin, int64_t end) { cpu::table().choose_victims(p, begin, end); });

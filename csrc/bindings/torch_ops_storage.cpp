@@ -56,13 +56,15 @@ void append(const Tensor& k_pages, const Tensor& v_pages, const Tensor& table, c
 }
 
 template <Backend B>
-void copy_pages(const Tensor& k_pages, const Tensor& v_pages, const Tensor& source, const Tensor& target) {
+void copy_pages(const Tensor& k_pages, const Tensor& v_pages, const Tensor& source, const Tensor& target,
+                const OptionalTensor& bounds) {
   const Checker check("copy_pages", B);
   CopyPagesParams p{};
   p.source = check.int32("source", source, {{"n", kAny}});
   p.n = source.size(0);
   p.target = check.int32("target", target, {{"n", p.n}});
   p.view = check.page_arrays(k_pages, &v_pages);
+  if (bounds) p.bounds = check.bounds(p.view, *bounds);
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, k_pages);
     return launch.succeed(cuda::copy_pages(p, launch.stream()));
@@ -94,7 +96,7 @@ void copy_pages(const Tensor& k_pages, const Tensor& v_pages, const Tensor& sour
 template <Backend B>
 void compact(const Tensor& k_pages, const Tensor& v_pages, const Tensor& source_table, const Tensor& target_table,
              const Tensor& counts, const Tensor& positions, const Tensor& columns, const Tensor& keep,
-             const Tensor& keep_counts) {
+             const Tensor& keep_counts, const OptionalTensor& bounds) {
   const Checker check("compact", B);
   CompactParams p{};
   PagedView& view = p.view;
@@ -107,6 +109,7 @@ void compact(const Tensor& k_pages, const Tensor& v_pages, const Tensor& source_
   p.keep = check.int32("keep", keep, {rows, heads, {"K", kAny}});
   p.keep_width = keep.size(2);
   p.keep_counts = check.int32("keep_counts", keep_counts, {rows, heads});
+  if (bounds) p.bounds = check.bounds(view, *bounds);
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, k_pages);
     return launch.succeed(cuda::compact(p, launch.stream()));
@@ -143,7 +146,7 @@ void compact(const Tensor& k_pages, const Tensor& v_pages, const Tensor& source_
 
 template <Backend B>
 void overwrite(const Tensor& k_pages, const Tensor& v_pages, const Tensor& table, const Tensor& counts,
-               const Tensor& positions, const Tensor& columns, const Tensor& victims) {
+               const Tensor& positions, const Tensor& columns, const Tensor& victims, const OptionalTensor& bounds) {
   const Checker check("overwrite", B);
   OverwriteParams p{};
   PagedView& view = p.view;
@@ -151,6 +154,7 @@ void overwrite(const Tensor& k_pages, const Tensor& v_pages, const Tensor& table
   check.entries(view, counts, positions);
   check.columns(view, columns);
   p.victims = check.int32("victims", victims, {{"R", view.rows}, {"H", view.heads}});
+  if (bounds) p.bounds = check.bounds(view, *bounds);
   if constexpr (B == Backend::kCuda) {
     const Launch launch(check, k_pages);
     return launch.succeed(cuda::overwrite(p, launch.stream()));
@@ -199,15 +203,17 @@ const Op kStorageOps[] = {
      "Tensor(e!) columns, Tensor k, Tensor v, Tensor new_positions, Tensor? new_columns=None, "
      "Tensor(f!)? bounds=None) -> ()",
      KVCACHE_OP(append)},
-    {"copy_pages", "copy_pages(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor source, Tensor target) -> ()",
+    {"copy_pages",
+     "copy_pages(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor source, Tensor target, Tensor(c!)? bounds=None) -> ()",
      KVCACHE_OP(copy_pages)},
     {"compact",
      "compact(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor source_table, Tensor target_table, Tensor(c!) counts, "
-     "Tensor(d!) positions, Tensor(e!) columns, Tensor keep, Tensor keep_counts) -> ()",
+     "Tensor(d!) positions, Tensor(e!) columns, Tensor keep, Tensor keep_counts, "
+     "Tensor(f!)? bounds=None) -> ()",
      KVCACHE_OP(compact)},
     {"overwrite",
      "overwrite(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor table, Tensor(c!) counts, Tensor(d!) positions, "
-     "Tensor(e!) columns, Tensor victims) -> ()",
+     "Tensor(e!) columns, Tensor victims, Tensor(f!)? bounds=None) -> ()",
      KVCACHE_OP(overwrite)},
     {"page_bounds", "page_bounds(Tensor k_pages, Tensor table, Tensor counts, Tensor(a!) bounds) -> ()",
      KVCACHE_OP(page_bounds)},

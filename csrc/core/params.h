@@ -22,6 +22,7 @@ struct CopyPagesParams {
   PagedView view;                  // only the page arrays
   const int32_t *source, *target;  // [n]
   int64_t n;
+  void* bounds;  // as AppendParams::bounds, or null
 };
 
 // Bounds of the pages that hold the entries, from the keys: after a bulk change that append did not see.
@@ -37,11 +38,13 @@ struct CompactParams {
   const int32_t* keep;         // [rows, heads, keep_width] ascending slots
   const int32_t* keep_counts;  // [rows, heads]
   int64_t keep_width;
+  void* bounds;  // as AppendParams::bounds, or null
 };
 
 struct OverwriteParams {
   PagedView view;
   const int32_t* victims;  // [rows, heads]; -1: none
+  void* bounds;            // as AppendParams::bounds, or null
 };
 
 // What decode, prefill and column sums share about the reading side.
@@ -183,6 +186,7 @@ struct VictimParams {
   const int32_t *first, *end;       // [rows]
   int64_t scores_stride[2], positions_stride[2], counts_stride[2], budgets_stride[2];
   int32_t rows, heads;
+  int64_t capacity;
   int32_t* victims;  // [rows, heads]
 };
 

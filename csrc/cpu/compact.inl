@@ -27,6 +27,9 @@ static void compact(const CompactParams& p, int64_t begin, int64_t end) {
       }
       i += run;
     }
+    if (p.bounds) {
+      for (int64_t column = 0; column * size < n; ++column) bound_page(p.bounds, view, target, column, n);
+    }
     int32_t* positions = view.positions + item * view.capacity;  // [capacity]
     for (int64_t i = 0; i < n; ++i) positions[i] = positions[keep[i]];
     for (int64_t c = 0; c < view.n_columns; ++c) {

@@ -9,8 +9,11 @@ static void overwrite(const OverwriteParams& p, int64_t begin, int64_t end) {
     const int64_t victim = p.victims[item], last = int64_t(view.counts[item]) - 1;
     if (victim < 0) continue;
     view.counts[item] = int32_t(last);
-    if (victim == last) continue;
     const int32_t* table = view.table + item * view.table_width;  // [table_width]
+    if (victim == last) {
+      if (p.bounds) bound_page(p.bounds, view, table, last / size, last);
+      continue;
+    }
     const int32_t from = table[last / size], to = table[victim / size];
     memcpy(entry(view.k_pages, view.dtype, size, view.k_dim, to, victim % size),
            entry(view.k_pages, view.dtype, size, view.k_dim, from, last % size), view.k_dim * element_size(view.dtype));
@@ -21,6 +24,10 @@ static void overwrite(const OverwriteParams& p, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < view.n_columns; ++c) {
       float* column = view.columns + (c * column_step + item) * view.capacity;  // [capacity]
       column[victim] = column[last];
+    }
+    if (p.bounds) {
+      bound_page(p.bounds, view, table, victim / size, last);
+      if (last / size != victim / size) bound_page(p.bounds, view, table, last / size, last);
     }
   }
 }

@@ -60,15 +60,22 @@ static inline char* bounds_of(void* bounds, const PagedView& view, int32_t page)
   return static_cast<char*>(bounds) + int64_t(page) * 2 * view.k_dim * element_size(view.dtype);
 }
 
+// Bounds of the page in `column` of a head that holds `count` entries, from its keys; as they are if none is in it.
+static inline void bound_page(void* bounds, const PagedView& view, const int32_t* table, int64_t column,
+                              int64_t count) {
+  const int64_t size = view.page_size, live = count - column * size < size ? count - column * size : size;
+  for (int64_t i = 0; i < live; ++i) {
+    widen(bounds_of(bounds, view, table[column]), entry(view.k_pages, view.dtype, size, view.k_dim, table[column], i),
+          view.dtype, view.k_dim, i == 0);
+  }
+}
+
 static void page_bounds(const PageBoundsParams& p, int64_t begin, int64_t end) {
   const PagedView& view = p.view;
   for (int64_t item = begin; item < end; ++item) {
     const int32_t* table = view.table + item * view.table_width;  // [table_width]
-    for (int64_t slot = 0; slot < view.counts[item]; ++slot) {
-      const int32_t page = table[slot / view.page_size];
-      const int64_t inside = slot % view.page_size;
-      widen(bounds_of(p.bounds, view, page), entry(view.k_pages, view.dtype, view.page_size, view.k_dim, page, inside),
-            view.dtype, view.k_dim, inside == 0);
+    for (int64_t column = 0; column * view.page_size < view.counts[item]; ++column) {
+      bound_page(p.bounds, view, table, column, view.counts[item]);
     }
   }
 }

@@ -150,7 +150,8 @@ __device__ __forceinline__ void weigh(const AttentionParams& p, const ColumnBloc
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads) column_sums_kernel(ColumnSumsParams sums, ColumnTiles tiles) {
+__global__ void __launch_bounds__(kThreads, C::kMax ? 2 : 0)
+    column_sums_kernel(ColumnSumsParams sums, ColumnTiles tiles) {
   using T = typename C::T;
   KVCACHE_DYNAMIC_SHARED(T, shared);
   const AttentionParams& p = sums.attention;

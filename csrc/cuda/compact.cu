@@ -3,9 +3,10 @@
 // In place, entry i comes from slot keep[i] >= i, so an entry must not be written before those that come after it in the
 // list but lie at its new place have been read. Rows of channels do not depend on one another: a block takes 64 bytes of
 // every entry of one head (or its positions, or one side column) and walks along the list in tiles, through registers: all
-// of a tile is read before any of it is written, and what later tiles read lies behind everything written so far.
+// of a tile is read before any of it is written, and what later tiles read lies behind everything written so far. A block
+// that has moved a strip of keys knows all of a page in its channels, and takes their bounds before it leaves.
 #include "kernels.h"
-#include "memory.cuh"
+#include "page_bounds.cuh"
 #include "ptx/dependent_launch.cuh"
 
 namespace kvcache::cuda {
@@ -62,7 +63,25 @@ __device__ __forceinline__ void move_entries(Unit* data, const Rows& rows, const
   }
 }
 
-template <class Unit>
+// Bounds of every page that holds one of the n entries, in one unit's channels: kLanes threads side by side per page.
+template <class T, int kChannels, int kLanes>
+__device__ __forceinline__ void bound_strip(const CompactParams& p, const int32_t* target, int unit, int n) {
+  const PagedView& view = p.view;
+  const int dim = view.k_dim, channel = unit * kChannels;
+  if (channel >= dim) return;
+  const int pages = (n + view.page_size - 1) / view.page_size;
+  for (int column = int(threadIdx.x) / kLanes; column < pages; column += kThreads / kLanes) {
+    const int64_t page = target[column];
+    const T* keys = static_cast<const T*>(view.k_pages) + page * view.page_size * dim + channel;  // [page_size, dim]
+    ChannelBounds<T, kChannels> bounds;
+    bounds.start();
+    bounds.template include_rows<kBatch>(keys, min(view.page_size, n - column * view.page_size), dim);
+    bounds.store(static_cast<T*>(p.bounds) + page * 2 * dim + channel, dim);
+  }
+}
+
+// T is the storage's type if there are bounds to keep, else void.
+template <class Unit, class T>
 __global__ __launch_bounds__(kThreads) void move_strips(CompactParams p, int k_strips, int v_strips) {
   wait_for_dependencies();
   launch_dependents();
@@ -83,6 +102,10 @@ __global__ __launch_bounds__(kThreads) void move_strips(CompactParams p, int k_s
                          row_units};
     move_entries<Unit, kLanes>(static_cast<Unit*>(keys ? view.k_pages : view.v_pages) + unit, rows, keep, n,
                                unit < row_units);
+    if constexpr (!std::is_void_v<T>) {
+      __syncthreads();  // the strip is in place
+      if (keys) bound_strip<T, kVectorOf<Unit, T>, kLanes>(p, rows.target, unit, n);
+    }
     return;
   }
   strip -= k_strips + v_strips;
@@ -96,7 +119,12 @@ __global__ __launch_bounds__(kThreads) void move_strips(CompactParams p, int k_s
 }
 
 using Kernel = void (*)(CompactParams, int, int);
-const Kernel kKernels[4] = {move_strips<uint16_t>, move_strips<uint32_t>, move_strips<uint2>, move_strips<uint4>};
+// [without bounds, or the storage's dtype][unit]
+#define KVCACHE_MOVE_STRIPS(T) \
+  {move_strips<uint16_t, T>, move_strips<uint32_t, T>, move_strips<uint2, T>, move_strips<uint4, T>}
+const Kernel kKernels[4][4] = {KVCACHE_MOVE_STRIPS(void), KVCACHE_MOVE_STRIPS(float), KVCACHE_MOVE_STRIPS(bf16),
+                               KVCACHE_MOVE_STRIPS(f16)};
+#undef KVCACHE_MOVE_STRIPS
 
 }  // namespace
 
@@ -105,11 +133,11 @@ int compact(const CompactParams& p, Stream stream) {
   const int64_t items = int64_t(view.rows) * view.heads;
   if (items == 0) return 0;
   const int k_bytes = view.k_dim * element_bytes(view.dtype), v_bytes = view.v_dim * element_bytes(view.dtype);
-  const int unit = common_unit(address(view.k_pages), address(view.v_pages), k_bytes, v_bytes);
+  const int unit = common_unit(address(view.k_pages), address(view.v_pages), address(p.bounds), k_bytes, v_bytes);
   const int k_strips = int(ceil_div(k_bytes, kStripBytes)), v_strips = int(ceil_div(v_bytes, kStripBytes));
   const int64_t blocks = items * (k_strips + v_strips + 1 + view.n_columns);
   if (blocks > INT32_MAX) return kInvalidConfiguration;
-  const Kernel move_strips_of_unit = kKernels[unit_index(unit)];
+  const Kernel move_strips_of_unit = kKernels[p.bounds == nullptr ? 0 : 1 + int(view.dtype)][unit_index(unit)];
   return KVCACHE_LAUNCH_DEPENDENT(move_strips_of_unit, dim3(unsigned(blocks)), dim3(kThreads), 0, stream, p, k_strips,
                                   v_strips);
 }

@@ -37,7 +37,8 @@ int64_t page_scores_scratch(const PageScoresParams& p);
 int page_scores(const PageScoresParams& p, Stream stream);  // likewise
 int64_t topk_scratch(const TopKParams& p);
 int topk(const TopKParams& p, void* scratch, Stream stream);
-int choose_victims(const VictimParams& p, Stream stream);
+int64_t choose_victims_scratch(const VictimParams& p);
+int choose_victims(const VictimParams& p, void* scratch, Stream stream);
 int query_similarity(const SimilarityParams& p, Stream stream);
 
 // Routing of rows.

@@ -32,16 +32,7 @@ __global__ __launch_bounds__(kThreads) void bound_pages(PageBoundsParams p, int 
     const T* keys = static_cast<const T*>(view.k_pages) + page * view.page_size * dim + channel;  // [page_size, dim]
     ChannelBounds<T, n> bounds;
     bounds.start();
-    for (int slot = 0; slot < live; slot += kBatch) {
-      Pack<T, n> key[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        // A key too many is the last one again, which changes nothing.
-        key[j] = load_as<T, n>(keys + int64_t(min(slot + j, live - 1)) * dim);
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) bounds.include(key[j]);
-    }
+    bounds.template include_rows<kBatch>(keys, live, dim);
     bounds.store(static_cast<T*>(p.bounds) + page * 2 * dim + channel, dim);
   }
 }

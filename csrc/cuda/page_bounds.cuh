@@ -5,6 +5,10 @@
 
 namespace kvcache::cuda {
 
+// Channels of storage T that a Unit of memory holds.
+template <class Unit, class T>
+constexpr int kVectorOf = sizeof(Unit) < sizeof(T) ? 1 : int(sizeof(Unit) / sizeof(T));
+
 template <class T, int n>
 struct ChannelBounds {
   float low[n], high[n];
@@ -25,6 +29,20 @@ struct ChannelBounds {
       const float x = to_float(key.x[i]);
       low[i] = fminf(low[i], x);
       high[i] = fmaxf(high[i], x);
+    }
+  }
+  // keys [rows, dim] of which `live` >= 1 count, from these channels on; kBatch of them are on their way at once.
+  template <int kBatch>
+  __device__ __forceinline__ void include_rows(const T* keys, int live, int dim) {
+    for (int slot = 0; slot < live; slot += kBatch) {
+      Pack<T, n> key[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        // A key too many is the last one again, which changes nothing.
+        key[j] = load_as<T, n>(keys + int64_t(min(slot + j, live - 1)) * dim);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) include(key[j]);
     }
   }
   __device__ __forceinline__ void store(T* stored, int dim) const {

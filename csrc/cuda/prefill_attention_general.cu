@@ -8,6 +8,11 @@ namespace kvcache::cuda {
 namespace {
 
 constexpr int kRows = 32, kKeys = 32, kThreads = 128;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocks = 2;  // on a multiprocessor; left to itself the compiler wants more there, and spills
+#else
+constexpr int kBlocks = 0;
+#endif
 constexpr int kAcross = 16;  // threads beside each other; kThreads / kAcross of them below each other have 4 rows each
 constexpr int kWeightStep = kRows + 4;
 constexpr int kMaxDim = 256, kColumnTiles = kMaxDim / (4 * kAcross);
@@ -83,7 +88,7 @@ __device__ __forceinline__ float logit(const AttentionParams& p, const PrefillBl
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) prefill_attention_plain(AttentionParams p, PrefillTiles tiles) {
+__global__ void __launch_bounds__(kThreads, kBlocks) prefill_attention_plain(AttentionParams p, PrefillTiles tiles) {
   KVCACHE_DYNAMIC_SHARED(float, shared);
   const int k_dim = p.view.k_dim, v_dim = p.view.v_dim;
   const PrefillBlock block = prefill_block(p, tiles);

@@ -49,7 +49,7 @@ inline uint16_t float_to_half(float x) {
   if (size < 0x38800000u) {                                  // subnormal: let an addition round at the last bit
     return uint16_t(sign | (float_bits(bits_float(size) + 0.5f) - 0x3f000000u));
   }
-  return uint16_t(sign | ((size + 0xfffu + (size >> 13 & 1)) >> 13) - (112u << 10));
+  return uint16_t(sign | (((size + 0xfffu + (size >> 13 & 1)) >> 13) - (112u << 10)));
 }
 
 #endif

@@ -7,6 +7,7 @@ from paged_case import make_paged
 import kvcache
 from kvcache import ops
 from kvcache.ops import reference
+from kvcache.ops.two_stage import two_stage_selection
 
 pytestmark = [
     pytest.mark.cuda,
@@ -120,3 +121,63 @@ def test_topk_replays(n):
         want = reference.topk(*(x.cpu() for x in (scores, counts, positions, k, first, end)), 2048)
         for a, b in zip(out, want):
             assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("n", [3000, 100_000])
+def test_victims_replay(n):
+    """Heads that one block reads, and heads cut into pieces: the cut does not depend on what they hold."""
+    g = torch.Generator().manual_seed(n)
+    scores = torch.zeros(1, 4, n, device="cuda")
+    positions = torch.arange(n, dtype=torch.int32, device="cuda").expand(1, 4, n).contiguous()
+    counts, budgets = (torch.zeros(1, 4, dtype=torch.int32, device="cuda") for _ in range(2))
+    first, end = (torch.full((1,), value, dtype=torch.int32, device="cuda") for value in (4, n - 64))
+    args = (scores, counts, positions, budgets, first, end)
+    ops.choose_victims(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        victims = ops.choose_victims(*args)
+    for held in (n, 0, n // 3, 1, n - 1):
+        scores.copy_(torch.randn(1, 4, n, generator=g).round())  # ties everywhere
+        counts.copy_(torch.tensor([[held, min(held, 50), n, n]]))
+        budgets.copy_(torch.tensor([[10, 10, n - 1, n]]))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(victims.cpu(), reference.choose_victims(*(x.cpu() for x in args)))
+
+
+def test_two_stage_selection_replays():
+    """Bounds, shortlist, exact vote, top k and attention in one graph: nothing of it asks the host."""
+    case = make_paged(
+        rows=2, heads=2, page_size=16, k_dim=64, v_dim=64, dtype=torch.bfloat16, max_count=0, room=4000, seed=0
+    )
+    g = torch.Generator().manual_seed(0)
+    case.k_pages.copy_(torch.randn(case.k_pages.shape, generator=g))
+    case.v_pages.copy_(torch.randn(case.v_pages.shape, generator=g))
+    case.positions.copy_(torch.arange(case.positions.shape[2]))
+    case.counts.fill_(4000)
+    bounds = torch.zeros(len(case.k_pages), 2, 64, dtype=torch.bfloat16)
+    reference.page_bounds(case.k_pages, case.table, case.counts, bounds)
+    x = {name: getattr(case, name).cuda() for name in ("k_pages", "v_pages", "table", "counts", "positions")}
+    q, bounds = torch.zeros(2, 8, 64, dtype=torch.bfloat16, device="cuda"), bounds.cuda()
+    first, end = (torch.full((2,), value, dtype=torch.int32, device="cuda") for value in (4, 3900))
+
+    def step():
+        index, counts = two_stage_selection(
+            q, x["k_pages"], bounds, x["table"], x["counts"], x["positions"], first, end, 0.125, 128, 40
+        )
+        return index, counts, ops.decode_attention(q, *x.values(), None, None, None, index, counts, None, 0.125)[0]
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for held in (4000, 700, 3999, 5):
+        q.copy_(torch.randn(2, 8, 64, generator=g))
+        x["counts"].fill_(held)
+        graph.replay()
+        torch.cuda.synchronize()
+        replayed = [y.clone() for y in out]
+        for got, want in zip(replayed, step()):
+            assert torch.equal(got, want)

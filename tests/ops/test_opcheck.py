@@ -50,9 +50,18 @@ def samples():
             ((*case.args, k, v, new_positions),),
             ((*case.args, k, v, new_positions, torch.randn(1, 2, 2, 3), bounds[: len(case.k_pages)].clone()),),
         ],
-        "copy_pages": [((case.k_pages, case.v_pages, ints([0, 1]), ints([2, 3])),)],
-        "compact": [((*case.args[:3], case.table.clone(), *case.args[3:], keep, keep_counts),)],
-        "overwrite": [((*case.args, case.counts.clamp(max=1) - 1),)],
+        "copy_pages": [
+            ((case.k_pages, case.v_pages, ints([0, 1]), ints([2, 3])),),
+            ((case.k_pages, case.v_pages, ints([0, 1]), ints([2, 3]), bounds[: len(case.k_pages)].clone()),),
+        ],
+        "compact": [
+            ((*case.args[:3], case.table.clone(), *case.args[3:], keep, keep_counts, *extra),)
+            for extra in ((), (bounds[: len(case.k_pages)].clone(),))
+        ],
+        "overwrite": [
+            ((*case.args, case.counts.clamp(max=1) - 1, *extra),)
+            for extra in ((), (bounds[: len(case.k_pages)].clone(),))
+        ],
         "prefill_attention": [
             ((q, *shared, q_positions, None, None, None, None, None, None, 0.4),),
             ((q, *shared, q_positions, *extras, mask, index, index_counts, 0.4, 20.0),),

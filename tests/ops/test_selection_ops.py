@@ -193,6 +193,31 @@ def test_what_the_victim_leaves_is_what_topk_keeps(backend, case):
             assert kept == set(range(int(counts[r, h]))) - {int(victims[r, h])}
 
 
+@pytest.mark.parametrize("n", [8192, 8193, 20_001, 70_001])
+@pytest.mark.parametrize("kind", [*KINDS, "oldest"])
+def test_victims_of_long_rows(backend, kind, n):
+    """Rows that several blocks share: the worst anywhere, ties across pieces, heads within their budget or empty."""
+    g = torch.Generator().manual_seed(n)
+    shape = (2, 3, n)
+    scores, positions = None if kind == "oldest" else make_scores(shape, kind, g), make_positions(shape, g)
+    counts = ints([[n, n - 1, 1], [0, n // 2, n]])
+    if scores is not None:
+        scores = torch.where(torch.arange(n) < counts[..., None], scores, NAN)  # what is dead never wins
+    for budget, first, end in ((0, [0, 50], [2 * n, n]), (n - 1, [9, 0], [2 * n - 99, 2 * n + 1]), (0, [0, n], [9, n])):
+        args = (scores, counts, positions, torch.full_like(counts, budget), ints(first), ints(end))
+        got = ops.choose_victims(*args)
+        assert torch.equal(got, reference.choose_victims(*args))
+        assert torch.equal(got, ops.choose_victims(*args))
+
+
+@pytest.mark.parametrize("worst", [0, 2047, 2048, 40_959, 40_960, 59_999])
+def test_the_victim_at_the_edge_of_a_piece(backend, worst):
+    scores, positions = torch.rand(1, 2, 60_000), torch.arange(60_000).int().expand(1, 2, -1)
+    scores[0, 1, worst] = -1
+    case = (scores, ints([[60_000, 60_000]]), positions, ints([[60_000, 0]]), ints([0]), ints([60_000]))
+    assert ops.choose_victims(*case).tolist() == [[-1, worst]]
+
+
 def test_topk_worked_example(backend):
     scores = torch.tensor([[[0.5, 0.1, 0.5, NAN, 0.9, 0.5, 7.0]]])
     positions = ints([[[9, 1, 3, 4, 0, 2, 5]]])

@@ -257,13 +257,16 @@ def target_of(case, keep_counts, fresh):
     return target_table
 
 
-def check_compact(case, keep, keep_counts, fresh):
+def check_compact(case, keep, keep_counts, fresh, with_bounds):
     target_table = target_of(case, keep_counts, fresh)
     expected = case.clone()
     expected_target = expected.table if target_table is case.table else target_table
-    reference.compact(*expected.args[:3], expected_target, *expected.args[3:], keep, keep_counts)
-    ops.compact(*case.args[:3], target_table, *case.args[3:], keep, keep_counts)
+    bounds, expected_bounds = (bounds_of(case), bounds_of(case)) if with_bounds else (None, None)
+    reference.compact(*expected.args[:3], expected_target, *expected.args[3:], keep, keep_counts, expected_bounds)
+    ops.compact(*case.args[:3], target_table, *case.args[3:], keep, keep_counts, bounds)
     case.assert_equal(expected)
+    if with_bounds:
+        assert_same_bounds(bounds, expected_bounds)
 
 
 where_to = pytest.mark.parametrize("fresh", ["in place", "fresh", "first page shared"])
@@ -271,15 +274,16 @@ where_to = pytest.mark.parametrize("fresh", ["in place", "fresh", "first page sh
 
 @where_to
 @settings(max_examples=examples(60))
-@given(shape=shapes)
-def test_compact_is_the_reference(backend, shape, fresh):
+@given(shape=shapes, with_bounds=st.booleans())
+def test_compact_is_the_reference(backend, shape, with_bounds, fresh):
     case = make_paged(**shape)
-    check_compact(case, *random_keep(case, shape["seed"]), fresh)
+    check_compact(case, *random_keep(case, shape["seed"]), fresh, with_bounds)
 
 
 @where_to
 @pytest.mark.parametrize(("k_dim", "v_dim"), [(128, 64), (33, 5)])
-def test_compact_of_long_heads(backend, k_dim, v_dim, fresh):
+@pytest.mark.parametrize("with_bounds", [False, True])
+def test_compact_of_long_heads(backend, k_dim, v_dim, with_bounds, fresh):
     """Far more entries than one block holds at a time, moved by one slot, by many, or not at all."""
     n = 3000
     case = make_paged(
@@ -294,7 +298,7 @@ def test_compact_of_long_heads(backend, k_dim, v_dim, fresh):
         slots = (slots[1:], slots[::3], torch.cat([slots[:700], slots[701:]]), slots[len(slots) // 2 :])[h]
         keep[0, h, : len(slots)] = slots
         keep_counts[0, h] = len(slots)
-    check_compact(case, keep, keep_counts, fresh)
+    check_compact(case, keep, keep_counts, fresh, with_bounds)
 
 
 def test_compact_moves_what_it_says(backend):
@@ -310,15 +314,23 @@ def test_compact_moves_what_it_says(backend):
 
 
 @settings(max_examples=examples(100))
-@given(shape=shapes)
-def test_overwrite_is_the_reference(backend, shape):
+@given(shape=shapes, with_bounds=st.booleans(), place=st.sampled_from(("any", "last", "last page", "first of a page")))
+def test_overwrite_is_the_reference(backend, shape, with_bounds, place):
     case = make_paged(**shape)
     expected = case.clone()
     g = torch.Generator().manual_seed(shape["seed"])
     victims = (torch.rand(case.counts.shape, generator=g) * (case.counts + 1)).int() - 1
-    reference.overwrite(*expected.args, victims)
-    ops.overwrite(*case.args, victims)
+    size, last = shape["page_size"], case.counts - 1
+    if place != "any":
+        begin = last.div(size, rounding_mode="floor") * size
+        chosen = {"last": last, "last page": torch.maximum(victims, begin), "first of a page": victims // size * size}
+        victims = chosen[place].masked_fill(case.counts == 0, -1).int()
+    bounds, expected_bounds = (bounds_of(case), bounds_of(case)) if with_bounds else (None, None)
+    reference.overwrite(*expected.args, victims, expected_bounds)
+    ops.overwrite(*case.args, victims, bounds)
     case.assert_equal(expected)
+    if with_bounds:
+        assert_same_bounds(bounds, expected_bounds)
 
 
 @settings(max_examples=examples(60))
@@ -528,6 +540,17 @@ def test_bounds_beyond_32_bits(resident):
     one = torch.ones(1, 1, 1, dtype=torch.int32)
     ops.page_bounds(k_pages, last * one, one[0], bounds)
     assert torch.equal(bounds[last], k_pages[last].expand(2, dim))
+    # The ops that take bounds along: two entries of one head, on the last page and the one before it.
+    v_pages, table = huge(resident, 1, 1, elements=len(k_pages)), torch.tensor([[[last - 1, last]]], dtype=torch.int32)
+    positions, columns = torch.zeros(1, 1, 2, dtype=torch.int32), torch.zeros(1, 1, 1, 2)
+    k_pages[last - 1] = torch.randn(dim)
+    ops.overwrite(k_pages, v_pages, table, 2 * one[0], positions, columns, 0 * one[0], bounds)
+    assert torch.equal(bounds[last - 1], k_pages[last].expand(2, dim))
+    ops.copy_pages(k_pages, v_pages, table[0, 0, :1].contiguous(), table[0, 0, :1] - 1, bounds)
+    assert torch.equal(bounds[last - 2], k_pages[last].expand(2, dim))
+    bounds[last - 1] = 0
+    ops.compact(k_pages, v_pages, table, table.clone(), 2 * one[0], positions, columns, one.clone(), one[0], bounds)
+    assert torch.equal(bounds[last - 1], k_pages[last].expand(2, dim))
 
 
 def test_threads_do_not_change_the_result():

@@ -1,5 +1,7 @@
 """pytest plugin (``-p support.reduced``): at most ``KVCACHE_VARIANTS`` parametrisations of each test, evenly spread.
 
+Of those with the marker ``KVCACHE_REDUCED`` ("emulated" unless it says "cuda"); all others are left out.
+
 For builds in which everything takes longer; how many examples hypothesis tries is ``KVCACHE_EXAMPLES``.
 """
 
@@ -8,10 +10,10 @@ from collections import defaultdict
 
 
 def pytest_collection_modifyitems(config, items):
-    most = int(os.environ["KVCACHE_VARIANTS"])
+    most, marker = int(os.environ["KVCACHE_VARIANTS"]), os.environ.get("KVCACHE_REDUCED", "emulated")
     tests = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("emulated"):
+        if item.get_closest_marker(marker):
             tests[item.location[0], getattr(item, "originalname", item.name)].append(item)
     kept = set()
     for variants in tests.values():

@@ -24,10 +24,12 @@ extern "C" __attribute__((visibility("default"))) const char* kvcache_emulated_p
   return "no such case";
 }
 
-// Their names, one a line.
-extern "C" __attribute__((visibility("default"))) const char* kvcache_emulated_planted_names() {
+// Their names, one a line: of the bugs or of the primitives.
+extern "C" __attribute__((visibility("default"))) const char* kvcache_emulated_planted_names(int primitives) {
   static std::string names;
   names.clear();
-  for (auto* c = kvcache::cuda::planted::Case::first; c; c = c->next) names += std::string(c->name) + "\n";
+  for (auto* c = kvcache::cuda::planted::Case::first; c; c = c->next) {
+    if (c->primitive == (primitives != 0)) names += std::string(c->name) + "\n";
+  }
   return names.c_str();
 }

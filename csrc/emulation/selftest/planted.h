@@ -19,9 +19,13 @@ namespace kvcache::cuda::planted {
 struct Case {
   const char* name;
   std::string (*run)(bool bug);  // "" if all went well
+  bool primitive;                // no bug to plant: shows that the emulation computes what a GPU does
   const Case* next;
   static const Case* first;
-  Case(const char* name_, std::string (*run_)(bool)) : name(name_), run(run_), next(first) { first = this; }
+  Case(const char* name_, std::string (*run_)(bool), bool primitive_ = false)
+      : name(name_), run(run_), primitive(primitive_), next(first) {
+    first = this;
+  }
 };
 
 // Memory that the kernels of a case may use, told to the race build. Of the exact size, for ASan.
@@ -57,6 +61,10 @@ std::string verdict(int error, Buffer<T>& out, Want want) {
   std::string run_##name(bool bug);          \
   const Case case_##name(#name, run_##name); \
   std::string run_##name(bool bug)
+#define KVCACHE_PRIMITIVE(name)                                                          \
+  std::string run_##name();                                                              \
+  const Case case_##name(#name, [](bool) -> std::string { return run_##name(); }, true); \
+  std::string run_##name()
 #define KVCACHE_PICK(kernel) (bug ? &kernel<true> : &kernel<false>)
 
 }  // namespace kvcache::cuda::planted

@@ -155,16 +155,13 @@ def append(
 
 def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor, bounds: Tensor | None = None) -> None:
     """Copy whole pages: :func:`kvcache.ops.reference.copy_pages`."""
-    if bounds is not None:
-        validation.kept_bounds("copy_pages", k_pages, bounds)
+    args = (k_pages, v_pages, source, target, bounds)
     if _native is None:
-        validation.copy_pages(k_pages, v_pages, source, target)
-        reference.copy_pages(k_pages, v_pages, source, target, bounds)
+        validation.copy_pages(*args)
+        reference.copy_pages(*args)
         return
     try:
-        _native.copy_pages(k_pages, v_pages, source, target)
-        if bounds is not None:
-            bounds.index_copy_(0, target.long(), bounds.index_select(0, source))
+        _native.copy_pages(*args)
     except RuntimeError as error:
         _raise(error)
 
@@ -185,17 +182,13 @@ def compact(
 
     A page of ``target_table`` is either the source's page in the same column or a page that the source does not use.
     """
-    args = (k_pages, v_pages, source_table, target_table, counts, positions, columns, keep, keep_counts)
-    if bounds is not None:
-        validation.kept_bounds("compact", k_pages, bounds)
+    args = (k_pages, v_pages, source_table, target_table, counts, positions, columns, keep, keep_counts, bounds)
     if _native is None:
         validation.compact(*args)
-        reference.compact(*args, bounds)
+        reference.compact(*args)
         return
     try:
         _native.compact(*args)
-        if bounds is not None:
-            _native.page_bounds(k_pages, target_table, counts, bounds)
     except RuntimeError as error:
         _raise(error)
 
@@ -211,32 +204,15 @@ def overwrite(
     bounds: Tensor | None = None,
 ) -> None:
     """Evict one entry per head, O(1): :func:`kvcache.ops.reference.overwrite`."""
-    args = (k_pages, v_pages, table, counts, positions, columns, victims)
-    if bounds is not None:
-        validation.kept_bounds("overwrite", k_pages, bounds)
+    args = (k_pages, v_pages, table, counts, positions, columns, victims, bounds)
     if _native is None:
         validation.overwrite(*args)
-        reference.overwrite(*args, bounds)
+        reference.overwrite(*args)
         return
     try:
         _native.overwrite(*args)
-        if bounds is not None and table.shape[2]:
-            _native.page_bounds(k_pages, *_pages_of_victims(table, counts, victims, k_pages.shape[1]), bounds)
     except RuntimeError as error:
         _raise(error)
-
-
-def _pages_of_victims(table: Tensor, counts: Tensor, victims: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Tables [R, 2 * H, 1] of the two pages per head that :func:`overwrite` changed, and the entries [R, 2 * H] that
-    these hold after it; no page twice, and nothing here waits for a GPU."""
-    none = victims < 0
-    victim, last = (slot.div(page_size, rounding_mode="floor") for slot in (victims, counts))
-    column = torch.cat([victim, last], 1)
-    held = (counts.repeat(1, 2) - column * page_size).clamp(0, page_size)
-    held = held.masked_fill(torch.cat([none, none | (victim == last)], 1), 0)
-    # Where nothing is held, the column may lie beside the table.
-    pages = table.repeat(1, 2, 1).gather(2, column.clamp(0, table.shape[2] - 1).long()[..., None])
-    return pages, held
 
 
 def prefill_attention(

@@ -282,18 +282,13 @@ def append(
     check.page_ids("table", table, counts, after)
 
 
-def kept_bounds(op: str, k_pages: Tensor, bounds: Tensor) -> None:
-    """Of ops whose native kernels know nothing of bounds: before they change anything, on every backend."""
-    check = _View(op)
-    check.page_arrays(k_pages, None)
-    check.bounds(bounds, k_pages.dtype)
-
-
-def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor) -> None:
+def copy_pages(k_pages: Tensor, v_pages: Tensor, source: Tensor, target: Tensor, bounds: Tensor | None) -> None:
     check = _View("copy_pages")
     check.plain("source", source, torch.int32, [("n", None)])
     check.plain("target", target, torch.int32, [("n", source.shape[0])])
     check.page_arrays(k_pages, v_pages)
+    if bounds is not None:
+        check.bounds(bounds, k_pages.dtype)
     sources, targets = source.tolist(), target.tolist()
     for page in (page for pair in zip(sources, targets) for page in pair):
         if not 0 <= page < check.pages:
@@ -316,6 +311,7 @@ def compact(
     columns: Tensor,
     keep: Tensor,
     keep_counts: Tensor,
+    bounds: Tensor | None,
 ) -> None:
     check = _View("compact")
     check.view(k_pages, v_pages, source_table, "source_table")
@@ -324,6 +320,8 @@ def compact(
     check.plain("target_table", target_table, torch.int32, [*check.per_head, ("M", None)])
     check.plain("keep", keep, torch.int32, [*check.per_head, ("K", None)])
     check.plain("keep_counts", keep_counts, torch.int32, check.per_head)
+    if bounds is not None:
+        check.bounds(bounds, k_pages.dtype)
     room = min(keep.shape[2], target_table.shape[2] * check.page_size)
     for r in range(check.rows):
         for h in range(check.heads):
@@ -354,12 +352,15 @@ def overwrite(
     positions: Tensor,
     columns: Tensor,
     victims: Tensor,
+    bounds: Tensor | None,
 ) -> None:
     check = _View("overwrite")
     check.view(k_pages, v_pages, table)
     check.entries(counts, positions)
     check.columns(columns)
     check.plain("victims", victims, torch.int32, check.per_head)
+    if bounds is not None:
+        check.bounds(bounds, k_pages.dtype)
     for r, h in (victims >= counts).logical_and(victims >= 0).nonzero().tolist():
         raise check.value_error(
             f"victims of head ({r}, {h}) is slot {int(victims[r, h])}, needs a slot below {int(counts[r, h])} or -1"
