@@ -43,7 +43,7 @@ __device__ __forceinline__ void bound_changed_pages(const OverwriteParams& p, in
 // A few threads per head, block_heads heads per block: one unit of the key or value each, then positions and columns. T is
 // the storage's type if there are bounds to keep, else void.
 template <class Unit, class T>
-__global__ __launch_bounds__(kThreads) void move_last(OverwriteParams p, int block_heads, int k_units, int v_units) {
+__global__ __launch_bounds__(kThreads, 8) void move_last(OverwriteParams p, int block_heads, int k_units, int v_units) {
   wait_for_dependencies();
   launch_dependents();
   const PagedView& view = p.view;
