@@ -64,6 +64,7 @@ class Prompts(Rows):
 
     tokens: Tensor  # int64 [rows, columns]
     real: Tensor  # bool [rows, columns]
+    copies: list[int]  # samples of each prompt: requests per row
     done: int = 0  # columns read
 
 
@@ -134,12 +135,11 @@ class Scheduler:
         cache.engine.storages = self.storages
         cache.engine.pool_rows = 1  # pages are counted here: partly filled ones are no allowance but part of the room
         cache.engine.prompt_length = width
-        now = time.perf_counter()
-        for request in (y for x in groups for y in x):
+        now, requests = time.perf_counter(), [request for group in groups for request in group]
+        for request in requests:
             request.output.status = RequestStatus.PREFILLING
             request.output.lifespan = (now, -1)
-        self.prompts = Prompts(cache, [y for x in groups for y in x], tokens, real)
-        self._copies = [len(x) for x in groups]
+        self.prompts = Prompts(cache, requests, tokens, real, [len(x) for x in groups])
 
     def _read_prompts(self, prompts: Prompts) -> None:
         """The next chunk; after the last one the requests have their first token and are ready to run."""
@@ -155,7 +155,7 @@ class Scheduler:
         if end < width:
             return
         self.prompts = None
-        copies = torch.tensor(self._copies)
+        copies = torch.tensor(prompts.copies)
         if int(copies.max()) > 1:  # several samples of a prompt share its pages until they write
             prompts.cache._select_rows(torch.arange(len(copies)).repeat_interleave(copies))
             logits = logits.repeat_interleave(copies.to(logits.device), 0)

@@ -73,7 +73,7 @@ class Reading:
             return self._attend_compact(layer, q, positions, reach, ask, selecting)
         mask = self._slot_mask(step, pages, ask.mask)
         start = None if layer.window is None else step.on(q.device, step.window_start(layer.window))
-        if step.tokens == 1 and mask is None and active is None and not step.padded and not self.recording:
+        if mask is None and self._decodes(layer):
             return self._decode(layer, pages, q, positions, start, ask, selecting)
         if selecting:
             return self._prefill_selected(layer, pages, q, positions, reach, ask)
