@@ -98,6 +98,7 @@ void bind_pool(py::module_& m) {
       .def_property_readonly("capacity", &PagePool::capacity)
       .def_property_readonly("used", &PagePool::used)
       .def_property_readonly("free_pages", &PagePool::free_pages)
+      .def_property_readonly("shared_pages", &PagePool::shared_pages, "Pages with more than one reference.")
       .def_property_readonly("limit", &PagePool::limit)
       .def("grow", &PagePool::grow, py::arg("capacity"), "Raises OutOfPages beyond the limit.")
       .def("refcount", &PagePool::refcount, py::arg("page"))

@@ -99,8 +99,18 @@ int32_t PagePool::allocate() {  // the caller has asked need()
   return int32_t(page);
 }
 
+int32_t PagePool::add_reference(int32_t page) {
+  shared_ += ++references_[page] == 2;
+  return references_[page];
+}
+
+int32_t PagePool::take_reference(int32_t page) {
+  shared_ -= --references_[page] == 1;
+  return references_[page];
+}
+
 bool PagePool::drop(int32_t page) {
-  if (--references_[page] > 0) return false;
+  if (take_reference(page) > 0) return false;
   mark(page, true);
   --used_;
   return true;
@@ -171,7 +181,7 @@ Copies PagePool::extend(const TableView& table, const int32_t* counts, const int
       if (old >= 0 && references_[old] == 1) continue;
       list[column] = allocate();
       if (old < 0) continue;
-      --references_[old];
+      take_reference(old);
       if (column == begin && count % page_size_ != 0) {
         copies.source.push_back(old);
         copies.target.push_back(list[column]);
@@ -216,7 +226,7 @@ int64_t PagePool::shrink(const TableView& table, const int32_t* counts) {
 void PagePool::retain(const TableView& table) {
   check_pages(table);
   for (int64_t i = 0; i < table.lists() * table.width; ++i) {
-    if (table.pages[i] >= 0) ++references_[table.pages[i]];
+    if (table.pages[i] >= 0) add_reference(table.pages[i]);
   }
 }
 
@@ -229,12 +239,12 @@ int64_t PagePool::release(const TableView& table) {
     const int32_t page = table.pages[i];
     if (page < 0) continue;
     if (references_[page] == 0) break;
-    --references_[page];
+    take_reference(page);
   }
   if (i < n) {
     const int32_t page = table.pages[i];
     for (int64_t j = 0; j < i; ++j) {
-      if (table.pages[j] >= 0) ++references_[table.pages[j]];
+      if (table.pages[j] >= 0) add_reference(table.pages[j]);
     }
     fail("table names page " + std::to_string(page) + " more often than it is held (double free)");
   }
@@ -293,7 +303,7 @@ Copies PagePool::unshare(const TableView& table, const int32_t* begin, const int
       const int32_t old = list[column];
       if (old < 0 || references_[old] == 1) continue;
       list[column] = allocate();
-      --references_[old];
+      take_reference(old);
       copies.source.push_back(old);
       copies.target.push_back(list[column]);
     }

@@ -35,6 +35,7 @@ class PagePool {
   int64_t capacity() const { return int64_t(references_.size()); }
   int64_t used() const { return used_; }
   int64_t free_pages() const { return capacity() - used_; }
+  int64_t shared_pages() const { return shared_; }  // pages with more than one reference
   int64_t limit() const { return limit_; }
   int32_t refcount(int64_t page) const;
   std::vector<int32_t> used_pages() const;
@@ -69,11 +70,13 @@ class PagePool {
   void need(int64_t pages) const;
   int32_t allocate();
   bool drop(int32_t page);  // true when the page became free
+  int32_t add_reference(int32_t page);
+  int32_t take_reference(int32_t page);  // both return the page's references afterwards
   void mark(int64_t page, bool free);
   void rebuild_bitmaps();
 
   int32_t page_size_;
-  int64_t limit_, used_ = 0;
+  int64_t limit_, used_ = 0, shared_ = 0;
   std::vector<int32_t> references_;       // [capacity]; 0: free
   std::vector<uint64_t> free_, summary_;  // bit per page: free; bit per word of free_: not zero
   size_t hint_ = 0;                       // no free page lies in a word of summary_ before this one

@@ -7,6 +7,7 @@ another kind) both functions are what the model used before.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import threading
@@ -70,6 +71,14 @@ def set_frame(frame: Frame | None) -> None:
     _local.frame = frame
 
 
+def no_grad() -> contextlib.AbstractContextManager[Any]:
+    """``torch.no_grad()``, unless gradients are off anyway, as within ``generate``: it costs 2 µs."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 @torch.compiler.disable  # bookkeeping of pages runs as Python; what lies between is compiled
 def paged_attention(
     module: nn.Module,
@@ -105,7 +114,7 @@ def paged_attention(
         sinks=None if s_aux is None else s_aux.detach().float().reshape(-1),
         mask=None if attention_mask is None else _as_bool(attention_mask),
     )
-    with torch.no_grad():
+    with no_grad():
         absorption = absorption_of(module) if dense is None else None
         if absorption is not None:
             return absorption.attend(layer, query, key, ask), None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .attention import current_frame
+from .attention import current_frame, no_grad
 from .cache_layers import is_stateful, make_layer
 from .engine import Engine
 from .layer_state import HANDLE, Layer
@@ -112,7 +112,10 @@ class KVCache(Cache):
         self._model_dtype_size = 0
         self._broken = False
         for layer in engine.layers:
-            layer.paged = plan.tiers[layer.index] != "own"
+            tier = plan.tiers[layer.index]
+            layer.paged = tier != "own"
+            if tier in ("pre-hook", "materialised") and layer.index not in plan.absorbed:
+                layer.expands = tier
         super().__init__(layers=[make_layer(self, plan, x.index, x.window) for x in engine.layers])
 
     # -- what it holds ----------------------------------------------------------------------------------------------
@@ -218,23 +221,24 @@ class KVCache(Cache):
         layer = self._layer(layer_idx)
         self._model_dtype_size = key_states.element_size()
         frame, step = current_frame(), self.engine.step
-        with torch.no_grad():
+        with no_grad():
             # Some models hand over transposed views; the kernels read along the head.
-            key_states, value_states = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
+            if key_states.stride(-1) != 1:
+                key_states = key_states.contiguous()
+            if value_states.stride(-1) != 1:
+                value_states = value_states.contiguous()
             if frame is None or frame.cache is not self or step is None:
                 return self._update_alone(layer, key_states, value_states)
             self.engine.append(layer, key_states, value_states, step)
-            tier = self._plan.tiers[layer_idx]
-            absorbed = layer_idx in self._plan.absorbed  # the entries may not have to be expanded
-            if tier in ("pre-hook", "materialised") and not absorbed:
+            if layer.expands is not None:
                 layer.new = None
-                k, v = dense_columns(layer, step) if tier == "pre-hook" else self.engine.dense_slots(layer)
+                pre_hook = layer.expands == "pre-hook"
+                k, v = dense_columns(layer, step) if pre_hook else self.engine.dense_slots(layer)
                 return k.to(key_states.dtype), v.to(value_states.dtype)
-        layer.new = None if absorbed else (key_states, value_states)
-        k, v = key_states.view_as(key_states), value_states.view_as(value_states)
-        setattr(k, HANDLE, layer)
-        setattr(v, HANDLE, layer)
-        return k, v
+        layer.new = None if step.ready or layer_idx in self._plan.absorbed else (key_states, value_states)
+        setattr(key_states, HANDLE, layer)
+        setattr(value_states, HANDLE, layer)
+        return key_states, value_states
 
     def _update_alone(self, layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         policy = self.policy

@@ -21,7 +21,7 @@ from .policies.base import Policy
 from .policy_state import copied, joined
 from .reading import Reading
 from .step import Repeats, Step
-from .store import LayerStore, PageStorage
+from .store import LayerStore, PageStorage, save_scores
 
 if TYPE_CHECKING:
     from .parallel import TensorParallel
@@ -101,6 +101,7 @@ class Engine(Reading):
         step_ = Step(self.seen, tokens, rows, positions, reach, before, after, added, real, prompt, same)
         self._route(step_)
         self._reserve(step_)
+        self._prepare(step_)
         self.step = step_
 
     @property
@@ -163,6 +164,29 @@ class Engine(Reading):
                 f"the prompt has {int(step.added.sum())} tokens (all rows), more than max_tokens={self.max_tokens}"
             )
 
+    def _prepare(self, step: Step) -> None:
+        """Settle on the host what a forward of one token per row will change, so that its layers only launch kernels.
+
+        What cannot be settled in advance goes layer by layer, as prompts do (:meth:`append`).
+        """
+        if step.tokens != 1 or step.repeats is not None or step.padded:
+            return
+        if self.recording or self.compact or self.policy.columns:
+            return
+        running = []
+        for layer in self.layers:
+            if layer.paged and layer.index not in step.skipped:
+                if layer.store is None or layer.index in step.routed:
+                    return
+                running.append(layer)
+        saved = save_scores([x.store for x in running if x.store is not None]) if self.policy.needs else None
+        for i, layer in enumerate(running):
+            assert layer.store is not None
+            layer.store.extend(step.added)
+            layer.was_empty = False
+            layer.undo = (step, dict(layer.state), len(layer.pending), saved[i] if saved else None)
+        step.ready = True
+
     def _pages_to_evict(self, layer: Layer, added: np.ndarray | int, prompt: bool) -> int:
         """Fresh pages, at most, that evicting after ``added`` [R] more entries takes: copies of what others share.
 
@@ -176,7 +200,7 @@ class Engine(Reading):
         counts = store.counts_host + np.reshape(added, (-1, 1))
         known = layer.budgets is not None and layer.recent is not None and not prompt
         over = counts - layer.budgets_host if known else counts
-        if not counts.size or over.max() <= 0 or not store.storage.pool.shared(store.table_host):
+        if not counts.size or over.max() <= 0 or not store.shared:
             return 0
         if known:
             assert layer.recent is not None
@@ -190,6 +214,10 @@ class Engine(Reading):
 
     def append(self, layer: Layer, k: Tensor, v: Tensor, step: Step) -> None:
         """Store the new tokens' k [R, H, T, Dk] and v [R, H, T, Dv] in ``layer``."""
+        if step.ready and layer.store is not None:
+            layer.store.write(k, v, step.on(k.device, step.positions))
+            layer.store.grew(step.added)
+            return
         if step.repeats is not None:
             k, v = step.repeats.once(k), step.repeats.once(v)
         fresh = layer.store is None  # begin() could not reserve pages for it

@@ -43,6 +43,7 @@ class Layer:
         self.pending: list[RecordedQueries | SlotProbabilities] = []  # what is not yet known to be accepted
         self.was_empty = True
         self.paged = True  # False: transformers' own layer, which holds nothing here
+        self.expands: str | None = None  # the tier whose models want all entries densely at every step, if it is one
         self.watch: Watch | None = None  # while a model that computes attention itself does so
         self.new: tuple[Tensor, Tensor] | None = None
         # What abort() puts back: (the forward that it belongs to, state, pending forwards, scores).

@@ -43,6 +43,15 @@ class Reading:
         """
         step = self.step
         assert step is not None
+        if step.ready and dense is None and ask.mask is None:
+            assert layer.store is not None
+            layer.new = None  # not kept: they are in the pages
+            layer.group = q.shape[1] // layer.store.heads
+            window = layer.window
+            start = None if window is None else step.on(q.device, step.decode_start(window))
+            selecting = window is None and self.policy.selects
+            positions = step.on(q.device, step.positions)
+            return self._decode(layer, Pages.of(layer.store), q, positions, start, ask, selecting)
         repeats = step.repeats
         if repeats is None:
             return self._attend(layer, q, ask, dense)
@@ -72,9 +81,10 @@ class Reading:
         if self.compact:
             return self._attend_compact(layer, q, positions, reach, ask, selecting)
         mask = self._slot_mask(step, pages, ask.mask)
-        start = None if layer.window is None else step.on(q.device, step.window_start(layer.window))
         if mask is None and self._decodes(layer):
-            return self._decode(layer, pages, q, positions, start, ask, selecting)
+            first = None if layer.window is None else step.on(q.device, step.decode_start(layer.window))
+            return self._decode(layer, pages, q, positions, first, ask, selecting)
+        start = None if layer.window is None else step.on(q.device, step.window_start(layer.window))
         if selecting:
             return self._prefill_selected(layer, pages, q, positions, reach, ask)
         if new is not None and self._is_plain(layer, step, ask, new[0]):
@@ -177,7 +187,7 @@ class Reading:
         keep = 0.0 if "last_attention" in policy.needs else 1.0
         out, _ = ops.decode_attention(
             q[:, :, 0], pages.k, pages.v, pages.table, pages.counts, pages.positions,
-            None if start is None else start[:, 0].contiguous(), ask.sinks, None,
+            start, ask.sinks, None,
             None if selection is None else selection.index, None if selection is None else selection.counts,
             statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max", False,
             None if aside or selection is not None else self._decode_plan(layer),

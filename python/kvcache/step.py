@@ -57,9 +57,11 @@ class Step:
     repeats: Repeats | None = None  # the tensors here, and the stores, have one row of each kind until the step ends
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
     skipped: set[int] = field(default_factory=set)  # layers that no token runs
+    ready: bool = False  # the host has settled all that this forward changes: its layers only launch kernels
     angles: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)  # turn queries back to position 0
     plans: dict[int, Tensor] = field(default_factory=dict)  # layer -> how a GPU shares out its entries
     _starts: dict[int, Tensor] = field(default_factory=dict)
+    _decode_starts: dict[int, Tensor] = field(default_factory=dict)
     _copies: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def runs(self, layer: int) -> Tensor | None:
@@ -97,6 +99,12 @@ class Step:
                 start = passed[:, column.clamp(max=passed.shape[1] - 1)]
             self._starts[key] = start.contiguous()
         return self._starts[key]
+
+    def decode_start(self, window: int) -> Tensor:
+        """First position that the one query of each row may read, [R] int32."""
+        if window not in self._decode_starts:
+            self._decode_starts[window] = self.window_start(window)[:, 0].contiguous()
+        return self._decode_starts[window]
 
     def column_of(self, positions: Tensor) -> Tensor:
         """Column of each position: int64 like ``positions`` [R, ...]."""
@@ -138,7 +146,7 @@ class Pages:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Attention:
     """What the model asks of one attention call besides q, k, v."""
 

@@ -146,17 +146,16 @@ class LayerStore:
         self.positions = torch.zeros(rows, heads, 0, dtype=torch.int32, device=device)
         self.columns = torch.zeros(len(self.column_names), rows, heads, 0, device=device)
         self.max_count = 0  # an upper bound of counts, known without asking the device
+        self.saved: Tensor | None = None  # see save_scores()
+        self.mirrored = device.type != "cpu"  # whether the host works on copies
+        self.room = 0  # entries that every head can gain without a word to the pool
         self._bind()
         storage.layers.add(self)
 
     def _bind(self) -> None:
         """Renew what the host sees of ``table`` and ``counts``; after every replacement of either."""
         self.table_host, self.counts_host = self.table.cpu().numpy(), self.counts.cpu().numpy()
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether the host works on copies."""
-        return self.table.device.type != "cpu"
+        self.room = 0
 
     def upload_table(self) -> None:
         """The pool wrote ``table_host``: the device's table follows."""
@@ -165,6 +164,7 @@ class LayerStore:
 
     def _count(self, counts: np.ndarray) -> None:
         """A kernel changed ``counts`` to these: the host's copy follows."""
+        self.room = 0
         if self.mirrored:
             self.counts_host = counts
 
@@ -179,9 +179,18 @@ class LayerStore:
         """Pages in the tables; a page shared by several rows counts once for each of them."""
         return int((self.table_host >= 0).sum())
 
+    @property
+    def shared(self) -> bool:
+        """Whether some page belongs to another row or store as well."""
+        pool = self.storage.pool
+        return pool.shared_pages > 0 and pool.shared(self.table_host)
+
     def pages_needed(self, added: np.ndarray) -> int:
         """Fresh pages that appending ``added`` [R] int32 entries to every head takes, copies on write included."""
-        self._widen(self.max_count + int(added.max(initial=0)))
+        most = int(added.max(initial=0))
+        if most <= self.room:
+            return 0
+        self._widen(self.max_count + most)
         return self.storage.pool.pages_needed(self.table_host, self.counts_host, added)
 
     def _widen(self, entries: int) -> None:
@@ -224,24 +233,41 @@ class LayerStore:
         many more if the storage has to grow; None: the caller has done it. Raises :class:`OutOfPages` before anything
         changes.
         """
-        most = int(added.max(initial=0))
-        if most == 0:
+        if int(added.max(initial=0)) == 0:
             return
-        pool = self.storage.pool
         if spare is not None:
             self.storage.reserve(self.pages_needed(added), spare)
+        self.extend(added)
+        self.write(k, v, new_positions, new_columns)
+        self.grew(added)
+
+    def extend(self, added: np.ndarray) -> None:
+        """Make the slots of ``added`` [R] int32 more entries per head writable; the pages are reserved."""
+        pool, most = self.storage.pool, int(added.max(initial=0))
+        if most <= self.room:
+            return
         pages = pool.used
         self.storage.copy(pool.extend(self.table_host, self.counts_host, added))
         if pool.used != pages:  # not at every step: a page holds many
             self.upload_table()
+        if added.min() == most:  # a row that adds nothing may share its last page
+            self.room = most + int((-(self.counts_host + most) % self.storage.page_size).min())
+
+    def write(self, k: Tensor, v: Tensor, new_positions: Tensor, new_columns: Tensor | None = None) -> None:
+        """What :meth:`append` does on the device, behind :meth:`extend`; :meth:`grew` tells the host."""
         s = self.storage
         ops.append(
             s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, k, v, new_positions,
             new_columns,
         )  # fmt: skip
+
+    def grew(self, added: np.ndarray) -> None:
+        """The host's account of a :meth:`write`."""
+        most = int(added.max())
         if self.mirrored:
-            self._count(self.counts_host + added[:, None])
+            self.counts_host = self.counts_host + added[:, None]
         self.max_count += most
+        self.room = max(self.room - most, 0)
 
     def fill(self, k: Tensor, v: Tensor, counts: Tensor, positions: Tensor, columns: Tensor) -> None:
         """Take over dense entries by slot, ragged over rows and heads; the store must be empty.
@@ -278,7 +304,7 @@ class LayerStore:
         s, pool = self.storage, self.storage.pool
         wanted = np.ascontiguousarray(index_counts.cpu().numpy())
         target, target_host = self.table, self.table_host
-        shared = pool.shared(self.table_host)
+        shared = self.shared
         if shared:
             target_host = np.full_like(self.table_host, -1)
             # Every head asks for its own number of entries: seen by the pool as rows of one head.
@@ -308,18 +334,21 @@ class LayerStore:
         s, pool = self.storage, self.storage.pool
         chosen = victims.cpu().numpy()
         evicts = chosen >= 0
-        if pool.shared(self.table_host):
+        if self.shared:
             page = np.where(evicts, chosen // s.page_size, 0).astype(np.int32)
             touched = (page + evicts).astype(np.int32)
             s.reserve(int(np.count_nonzero(evicts)))
             s.copy(pool.unshare(self.table_host, page, touched))
             self.upload_table()
         ops.overwrite(s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, victims)
+        room = self.room + 1 if evicts.all() else 0
         self._count(self.counts_host - evicts.astype(np.int32))
         pages = pool.used
         pool.shrink(self.table_host, self.counts_host)
         if pool.used != pages:
             self.upload_table()
+        else:
+            self.room = room
         self.max_count = int(self.counts_host.max(initial=0))
 
     def crop(self, limits: Tensor) -> None:
@@ -347,7 +376,7 @@ class LayerStore:
 
     def pages_to_crop(self, limits: Tensor) -> int:
         """Fresh pages that :meth:`crop` takes."""
-        if not self.storage.pool.shared(self.table_host):
+        if not self.shared:
             return 0
         stays = self._staying(limits)
         counts = stays.sum(-1, dtype=torch.int32)
@@ -406,6 +435,7 @@ class LayerStore:
             setattr(twin, name, getattr(self, name).clone())
         twin.max_count = self.max_count
         twin._bind()
+        self.room = 0
         self.storage.pool.retain(twin.table_host)
         return twin
 
@@ -428,6 +458,17 @@ class LayerStore:
         """Dense copy of ``what`` ("keys" or "values") in slot order, [R, H, width, D]; dead slots are zero."""
         pages = self.storage.k_pages if what == "keys" else self.storage.v_pages
         return ops.reference.gather_pages(pages, self.table, self.counts, self.max_count if width is None else width)
+
+
+def save_scores(stores: Sequence[LayerStore]) -> list[Tensor]:
+    """Copies of the scores, [R, H, C] each, in memory that every store keeps for the next time."""
+    scores = [x.columns[0] for x in stores]
+    for store, now in zip(stores, scores):
+        if store.saved is None or store.saved.shape != now.shape:
+            store.saved = torch.empty_like(now)
+    saved = [x.saved for x in stores if x.saved is not None]
+    torch._foreach_copy_(saved, scores)
+    return saved
 
 
 def _return_free_memory() -> None:

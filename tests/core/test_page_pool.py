@@ -357,6 +357,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
     def agrees(self):
         references = self.references()
         assert self.pool.used == len(references)
+        assert self.pool.shared_pages == sum(n > 1 for n in references.values())
         assert self.pool.used_pages().tolist() == sorted(references)
         assert all(self.pool.refcount(page) == n for page, n in references.items())
 
