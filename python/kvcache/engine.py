@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import ops
 from ._C import OutOfPages
+from .evicting import Evicting
 from .layer_state import FAR, Layer
 from .policies.base import Policy
 from .policy_state import copied, joined
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .rotation import Rotation
 
 
-class Engine(Reading):
+class Engine(Reading, Evicting):
     """The layers of one cache and the steps they take together."""
 
     def __init__(
@@ -55,6 +55,7 @@ class Engine(Reading):
         self.pool_rows: int | None = None  # rows that share the storages, if other engines have rows there too
         self.seen = 0
         self.tokens = torch.zeros(0, dtype=torch.int32)
+        self._tokens_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
         self.real: Tensor | None = None
         self.recording = False
@@ -155,7 +156,7 @@ class Engine(Reading):
                 added = self._added(step, layer)
                 pages = layer.store.pages_needed(added)
                 if not self.recording:  # else finish() evicts nothing
-                    pages += self._pages_to_evict(layer, added, step.prompt)
+                    pages += self.pages_to_evict(layer, added, step.prompt)
                 needs[storage] = needs.get(storage, 0) + pages
         for storage, pages in needs.items():
             storage.reserve(pages)
@@ -186,29 +187,6 @@ class Engine(Reading):
             layer.was_empty = False
             layer.undo = (step, dict(layer.state), len(layer.pending), saved[i] if saved else None)
         step.ready = True
-
-    def _pages_to_evict(self, layer: Layer, added: np.ndarray | int, prompt: bool) -> int:
-        """Fresh pages, at most, that evicting after ``added`` [R] more entries takes: copies of what others share.
-
-        Counted only where ``max_tokens`` limits the pages: a forward that cannot evict at its end must not begin.
-        ``prompt``: the budgets will be fixed anew, nobody knows yet to what.
-        """
-        store = layer.store
-        assert store is not None
-        if store.storage.limit is None or not (self.policy.retains or layer.window is not None):
-            return 0
-        counts = store.counts_host + np.reshape(added, (-1, 1))
-        known = layer.budgets is not None and layer.recent is not None and not prompt
-        over = counts - layer.budgets_host if known else counts
-        if not counts.size or over.max() <= 0 or not store.shared:
-            return 0
-        if known:
-            assert layer.recent is not None
-            if over.max() == 1:
-                return int(np.count_nonzero(over > 0))
-            protected = self.policy.sinks + layer.recent.cpu().numpy()[:, None]
-            counts = np.minimum(counts, np.maximum(layer.budgets_host, protected))
-        return int((-(-counts // self.page_size)).sum())
 
     # -- append -----------------------------------------------------------------------------------------------------
 
@@ -272,21 +250,9 @@ class Engine(Reading):
             self.prompt_length = None
             self.settle()
         elif not self.recording and self.prefill == "chunked":
-            self._compress()
+            self.compress(self._prompt_left)
         if step.repeats is not None:
             self.select_rows(step.repeats.inverse)
-
-    def _compress(self) -> None:
-        """After a chunk that is not the last: bring every layer within the budgets that the whole prompt will have.
-
-        What is still to come counts as real tokens (only padding on the right is none); the end of the prompt fixes
-        the budgets anew.
-        """
-        self.prompt_tokens = self.tokens + self._prompt_left
-        for layer in self.layers:
-            if layer.store is not None and layer.store.counts.numel():
-                self._plan(layer)
-                self._evict(layer)
 
     def abort(self) -> None:
         """Undo a forward that did not finish: its tokens leave the pages again."""
@@ -307,77 +273,6 @@ class Engine(Reading):
                 layer.store.columns[0][..., : scores.shape[-1]] = scores
             layer.store.crop(step.before.to(layer.store.counts.device))
 
-    def settle(self) -> None:
-        """Fix the budgets if a prompt ended, then bring every layer within them."""
-        plan = self.unplanned
-        if plan:
-            self.unplanned = False
-            self.prompt_tokens = self.tokens
-        for layer in self.layers:
-            if layer.store is not None and layer.store.counts.numel():
-                if plan or layer.budgets is None:
-                    self._plan(layer)
-                self._evict(layer)
-        if plan:
-            for storage in self.storages.values():
-                storage.trim()
-
-    def _plan(self, layer: Layer) -> None:
-        store = layer.store
-        assert store is not None
-        budgets = torch.full((store.rows, store.heads), FAR, dtype=torch.int32)
-        recent = torch.zeros(store.rows, dtype=torch.int32)
-        if self.policy.retains:
-            granted = self.policy.allocate(layer.view())
-            budgets = granted.int().view(store.rows, -1).expand(store.rows, store.heads)
-            recent = self.policy.allocate_recent(layer.view()).int()
-        if layer.window is not None:
-            budgets = budgets.clamp(max=max(layer.window - 1, 1))
-        layer.set_budgets(budgets, recent)
-
-    def _evict(self, layer: Layer) -> None:
-        store, budgets = layer.store, layer.budgets
-        assert store is not None
-        assert budgets is not None
-        assert layer.recent is not None
-        if store.max_count <= layer.smallest_budget:
-            return
-        over = int((store.counts_host - layer.budgets_host).max())
-        if over <= 0:
-            return
-        device = store.counts.device
-        tokens = self.tokens.to(device)
-        first = torch.full_like(tokens, self.policy.sinks if layer.window is None else 0)
-        end = tokens - layer.recent
-        scores = None
-        if self.policy.retains:
-            scores = self.policy.score(layer.view())
-            if scores is not None and layer.window is not None:
-                # What no later query can see must not hold a place in the budget.
-                column = self._window_limit(layer.window).to(device)
-                scores = torch.where(store.positions < column[:, None, None], float("-inf"), scores)
-        before = int(store.counts_host.sum())
-        if over == 1:
-            victims = ops.choose_victims(scores, store.counts, store.positions, budgets, first, end)
-            store.overwrite(victims)
-        else:
-            if scores is None:
-                scores = store.positions.float()
-            live = torch.arange(store.capacity, device=device) < store.counts[..., None]
-            p = store.positions
-            protected = (live & ((p < first[:, None, None]) | (p >= end[:, None, None]))).sum(-1, dtype=torch.int32)
-            k = (budgets - protected).clamp(min=0)
-            width = int(torch.minimum(torch.maximum(budgets, protected), store.counts).max())
-            store.keep(*ops.topk(scores.contiguous(), store.counts, p, k, first, end, max(width, 1)))
-        layer.counters["evictions"] += before - int(store.counts_host.sum())
-
-    def _window_limit(self, window: int) -> Tensor:
-        """First position that the next query of each row may read, [R] int32."""
-        column = max(self.seen + 1 - window, 0)
-        if self.real is None:
-            return torch.full_like(self.tokens, column)
-        return self.real[:, :column].sum(1, dtype=torch.int32)
-
     # -- changes between forwards -----------------------------------------------------------------------------------
 
     def crop(self, columns: int) -> None:
@@ -397,7 +292,7 @@ class Engine(Reading):
         for layer in self.layers:
             if layer.store is not None and layer.store.storage.limit is not None:
                 pages = layer.store.pages_to_crop(limits) if columns else 0
-                pages = max(pages, self._pages_to_evict(layer, 0, self.unplanned))
+                pages = max(pages, self.pages_to_evict(layer, 0, self.unplanned))
                 needs[layer.store.storage] = needs.get(layer.store.storage, 0) + pages
         for storage, pages in needs.items():
             storage.reserve(pages)
@@ -476,7 +371,7 @@ class Engine(Reading):
         budgets, recents = [], []
         for x in (layer, coming):
             if x.budgets is None:
-                x.engine._plan(x)
+                x.engine.plan(x)
             assert x.budgets is not None
             assert x.recent is not None
             budgets.append(x.budgets)

@@ -40,6 +40,7 @@ class Layer:
         self.recent: Tensor | None = None  # [R] int32, likewise
         self.budgets_host = np.zeros((0, 0), np.int32)
         self.smallest_budget = FAR
+        self.surely_evicts = False  # a head over its budget always has an entry that is not protected
         self.pending: list[RecordedQueries | SlotProbabilities] = []  # what is not yet known to be accepted
         self.was_empty = True
         self.paged = True  # False: transformers' own layer, which holds nothing here
@@ -66,6 +67,9 @@ class Layer:
         self.recent = None if recent is None else recent.to(device)
         self.budgets_host = np.zeros((0, 0), np.int32) if self.budgets is None else self.budgets.cpu().numpy()
         self.smallest_budget = int(self.budgets_host.min(initial=FAR))
+        sinks = self.engine.policy.sinks if self.window is None else 0
+        protected = 0 if recent is None else recent.cpu().numpy().astype(np.int64)[:, None] + sinks
+        self.surely_evicts = bool((self.budgets_host >= protected).all())
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class LayerView:
     positions = property(lambda self: self._store.positions)
     scores = property(lambda self: self._store.columns[0])
     device = property(lambda self: self._store.counts.device, doc="Where the layer's tensors are.")
-    tokens = property(lambda self: self._layer.engine.tokens.to(self.device))
+    tokens = property(lambda self: self._layer.engine.tokens_on(self.device))
     prompt_tokens = property(lambda self: self._layer.engine.prompt_tokens)
     num_layers = property(lambda self: len(self._layer.engine.layers))
     state = property(lambda self: self._layer.state)

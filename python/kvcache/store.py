@@ -133,7 +133,8 @@ class LayerStore:
 
     The pool works on the host. On a CPU it reads and writes ``table`` and ``counts`` themselves, through the numpy
     views ``table_host`` and ``counts_host``; on a GPU those are copies: the table follows what the pool wrote
-    (:meth:`upload_table`), the host's counts what a kernel counted (:meth:`_count`).
+    (:meth:`upload_table`), the host's counts what a kernel counted (:meth:`_count`). Pages that a head has given back
+    may stay in the GPU's table, where nothing reads behind the count.
     """
 
     def __init__(self, storage: PageStorage, rows: int, heads: int, column_names: Sequence[str] = ()) -> None:
@@ -155,12 +156,14 @@ class LayerStore:
     def _bind(self) -> None:
         """Renew what the host sees of ``table`` and ``counts``; after every replacement of either."""
         self.table_host, self.counts_host = self.table.cpu().numpy(), self.counts.cpu().numpy()
+        self._uploaded = self.table_host.copy() if self.mirrored else self.table_host
         self.room = 0
 
     def upload_table(self) -> None:
         """The pool wrote ``table_host``: the device's table follows."""
-        if self.mirrored:
+        if self.mirrored and not np.array_equal(self.table_host, self._uploaded):
             self.table.copy_(torch.from_numpy(self.table_host))
+            self._uploaded = self.table_host.copy()
 
     def _count(self, counts: np.ndarray) -> None:
         """A kernel changed ``counts`` to these: the host's copy follows."""
@@ -197,6 +200,7 @@ class LayerStore:
         """Make room in table and columns for ``entries`` per head."""
         if entries <= self.capacity:
             return
+        self.upload_table()
         width = max(-(-entries // self.storage.page_size), 2 * self.table.shape[2])
         more = width - self.table.shape[2]
         pad = torch.nn.functional.pad
@@ -210,6 +214,7 @@ class LayerStore:
         width = self.max_count // self.storage.page_size + 1  # room for one more entry
         if 2 * width > self.table.shape[2]:
             return
+        self.upload_table()
         slots = width * self.storage.page_size
         self.table = self.table[..., :width].contiguous()
         self.positions = self.positions[..., :slots].contiguous()
@@ -248,8 +253,9 @@ class LayerStore:
             return
         pages = pool.used
         self.storage.copy(pool.extend(self.table_host, self.counts_host, added))
-        if pool.used != pages:  # not at every step: a page holds many
-            self.upload_table()
+        if self.mirrored and pool.used != pages:  # not at every step: a page holds many
+            if ((self.table_host != self._uploaded) & (self.table_host >= 0)).any():
+                self.upload_table()
         if added.min() == most:  # a row that adds nothing may share its last page
             self.room = most + int((-(self.counts_host + most) % self.storage.page_size).min())
 
@@ -320,7 +326,7 @@ class LayerStore:
             pool.release(self.table_host)
             self.table = target
             if self.mirrored:
-                self.table_host = target_host
+                self.table_host, self._uploaded = target_host, target_host.copy()
             else:
                 self._bind()
         else:
@@ -341,13 +347,13 @@ class LayerStore:
             s.copy(pool.unshare(self.table_host, page, touched))
             self.upload_table()
         ops.overwrite(s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, victims)
-        room = self.room + 1 if evicts.all() else 0
-        self._count(self.counts_host - evicts.astype(np.int32))
-        pages = pool.used
-        pool.shrink(self.table_host, self.counts_host)
-        if pool.used != pages:
-            self.upload_table()
-        else:
+        self.lost(evicts)
+
+    def lost(self, entries: np.ndarray) -> None:
+        """The host's account of an eviction that took one entry from the heads ``entries`` [R, H] bool."""
+        pool, room = self.storage.pool, self.room + 1 if entries.all() else 0
+        self._count(self.counts_host - entries.astype(np.int32) if self.mirrored else self.counts_host)
+        if not pool.shrink(self.table_host, self.counts_host):
             self.room = room
         self.max_count = int(self.counts_host.max(initial=0))
 
@@ -394,6 +400,7 @@ class LayerStore:
 
     def select_rows(self, rows: Tensor) -> None:
         """Row r becomes a copy of the old row ``rows[r]`` (int64 [R']); pages are shared, not copied."""
+        self.upload_table()
         pool = self.storage.pool
         before, device_rows = self.table_host, rows.to(self.table.device)
         self.table = self.table[device_rows].contiguous()
@@ -409,6 +416,8 @@ class LayerStore:
         """Take over the rows of ``other``, a store of the same storage and heads, behind the own ones; empty then."""
         self._widen(other.max_count)
         other._widen(self.max_count)
+        self.upload_table()
+        other.upload_table()
         pages = max(self.table.shape[2], other.table.shape[2])
 
         def wide(x: Tensor, width: int, value: int = 0) -> Tensor:
@@ -430,6 +439,7 @@ class LayerStore:
 
     def fork(self) -> LayerStore:
         """A second store with the same entries; pages are shared until one side writes."""
+        self.upload_table()
         twin = LayerStore(self.storage, self.rows, self.heads, self.column_names[1:])
         for name in ("table", "counts", "positions", "columns"):
             setattr(twin, name, getattr(self, name).clone())

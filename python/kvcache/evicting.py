@@ -1,0 +1,223 @@
+"""When entries leave: budgets at the end of a prompt, then eviction after every forward. A part of
+:class:`kvcache.engine.Engine`, which owns the order of the step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+from .layer_state import FAR, Layer
+from .policies.base import Policy
+
+if TYPE_CHECKING:
+    from .step import Step
+    from .store import PageStorage
+
+
+class Evicting:
+    """Budgets and eviction of the layers of one cache; the attributes are the engine's."""
+
+    policy: Policy
+    layers: list[Layer]
+    storages: dict[tuple, PageStorage]
+    page_size: int
+    seen: int
+    tokens: Tensor
+    prompt_tokens: Tensor
+    real: Tensor | None
+    unplanned: bool
+    _tokens_on: dict[torch.device, tuple[Tensor, Tensor]]
+
+    def tokens_on(self, device: torch.device) -> Tensor:
+        """Real tokens of each row, [R] int32, where a layer needs them; carried over once for all layers."""
+        if self.tokens.device == device:
+            return self.tokens
+        known = self._tokens_on.get(device)
+        if known is None or known[0] is not self.tokens:
+            known = self._tokens_on[device] = (self.tokens, self.tokens.to(device))
+        return known[1]
+
+    def settle(self, evicted: list[Layer] | None = None) -> None:
+        """Fix the budgets if a prompt ended, then bring every layer within them.
+
+        ``evicted``: layers whose heads have lost the one entry they were over by already (:meth:`evict_one`, in a
+        captured graph); only the host does not know it yet.
+        """
+        plan = self.unplanned
+        if plan:
+            self.unplanned = False
+            self.prompt_tokens = self.tokens
+        single: list[Layer] = []
+        for layer in self.layers:
+            store = layer.store
+            if store is None or not store.counts_host.size:
+                continue
+            if plan or layer.budgets is None:
+                self.plan(layer)
+            if store.max_count <= layer.smallest_budget:
+                continue
+            over = int((store.counts_host - layer.budgets_host).max())
+            if over == 1 and (evicted is not None or (layer.surely_evicts and not store.shared)):
+                single.append(layer)
+            elif over > 0:
+                self.evict(layer)
+        if single:
+            over_by_one = [self._over(x) for x in single]
+            if evicted is None:
+                self.evict_one(single)
+            for layer, lost in zip(single, over_by_one):
+                assert layer.store is not None
+                layer.store.lost(lost)
+                layer.counters["evictions"] += int(np.count_nonzero(lost))
+        if plan:
+            for storage in self.storages.values():
+                storage.trim()
+
+    @staticmethod
+    def _over(layer: Layer) -> np.ndarray:
+        assert layer.store is not None
+        return layer.store.counts_host > layer.budgets_host
+
+    def plan(self, layer: Layer) -> None:
+        """Fix the budgets of a layer."""
+        store = layer.store
+        assert store is not None
+        budgets = torch.full((store.rows, store.heads), FAR, dtype=torch.int32)
+        recent = torch.zeros(store.rows, dtype=torch.int32)
+        if self.policy.retains:
+            granted = self.policy.allocate(layer.view())
+            budgets = granted.int().view(store.rows, -1).expand(store.rows, store.heads)
+            recent = self.policy.allocate_recent(layer.view()).int()
+        if layer.window is not None:
+            budgets = budgets.clamp(max=max(layer.window - 1, 1))
+        layer.set_budgets(budgets, recent)
+
+    def compress(self, coming: int) -> None:
+        """After a chunk that is not the last: bring every layer within the budgets that the whole prompt will have.
+
+        What is still to come, ``coming`` columns, counts as real tokens (only padding on the right is none); the end of
+        the prompt fixes the budgets anew.
+        """
+        self.prompt_tokens = self.tokens + coming
+        for layer in self.layers:
+            if layer.store is not None and layer.store.counts_host.size:
+                self.plan(layer)
+                self.evict(layer)
+
+    def evict_one(self, layers: list[Layer]) -> None:
+        """Take from every head that is over its budget the entry that its policy gives up first.
+
+        Launches kernels and waits for nothing. The host must know that every such head has a candidate and shares no
+        pages, and accounts for what leaves: :meth:`kvcache.store.LayerStore.lost`.
+        """
+        ends: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        for layer in layers:
+            store = layer.store
+            assert store is not None
+            assert layer.budgets is not None
+            first, end = self._unprotected(layer, ends)
+            s, scores = store.storage, self._scores(layer)
+            victims = ops.choose_victims(scores, store.counts, store.positions, layer.budgets, first, end)
+            ops.overwrite(s.k_pages, s.v_pages, store.table, store.counts, store.positions, store.columns, victims)
+
+    def _unprotected(
+        self, layer: Layer, known: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Entries at positions [first, end) of each row, both [R] int32, may leave. ``known``: what was asked before."""
+        assert layer.store is not None
+        assert layer.recent is not None
+        key = (id(layer.recent) if layer.window is None else ~id(layer.recent), layer.recent.device)
+        found = None if known is None else known.get(key)
+        if found is None:
+            tokens = self.tokens_on(layer.store.counts.device)
+            first = torch.full_like(tokens, self.policy.sinks if layer.window is None else 0)
+            found = first, tokens - layer.recent
+            if known is not None:
+                known[key] = found
+        return found
+
+    def _scores(self, layer: Layer) -> Tensor | None:
+        """Retention scores [R, H, C] float32; None: the oldest entry leaves first."""
+        store = layer.store
+        assert store is not None
+        scores = self.policy.score(layer.view()) if self.policy.retains else None
+        if scores is not None and layer.window is not None:
+            # What no later query can see must not hold a place in the budget.
+            column = self._window_limit(layer.window, store.counts.device)
+            scores = torch.where(store.positions < column[:, None, None], float("-inf"), scores)
+        return scores
+
+    def _window_limit(self, window: int, device: torch.device) -> Tensor:
+        """First position that the next query of each row may read, [R] int32."""
+        column = max(self.seen + 1 - window, 0)
+        if self.real is None:
+            return torch.full_like(self.tokens_on(device), column)
+        return self.real[:, :column].sum(1, dtype=torch.int32).to(device)
+
+    def evict(self, layer: Layer) -> None:
+        """Bring one layer within its budgets, however far it is over them."""
+        store, budgets = layer.store, layer.budgets
+        assert store is not None
+        assert budgets is not None
+        over = int((store.counts_host - layer.budgets_host).max())
+        if over <= 0:
+            return
+        device = store.counts.device
+        first, end = self._unprotected(layer)
+        scores = self._scores(layer)
+        before = int(store.counts_host.sum())
+        if over == 1:
+            victims = ops.choose_victims(scores, store.counts, store.positions, budgets, first, end)
+            store.overwrite(victims)
+        else:
+            if scores is None:
+                scores = store.positions.float()
+            live = torch.arange(store.capacity, device=device) < store.counts[..., None]
+            p = store.positions
+            protected = (live & ((p < first[:, None, None]) | (p >= end[:, None, None]))).sum(-1, dtype=torch.int32)
+            k = (budgets - protected).clamp(min=0)
+            width = int(torch.minimum(torch.maximum(budgets, protected), store.counts).max())
+            store.keep(*ops.topk(scores.contiguous(), store.counts, p, k, first, end, max(width, 1)))
+        layer.counters["evictions"] += before - int(store.counts_host.sum())
+
+    def pages_to_evict(self, layer: Layer, added: np.ndarray | int, prompt: bool) -> int:
+        """Fresh pages, at most, that evicting after ``added`` [R] more entries takes: copies of what others share.
+
+        Counted only where ``max_tokens`` limits the pages: a forward that cannot evict at its end must not begin.
+        ``prompt``: the budgets will be fixed anew, nobody knows yet to what.
+        """
+        store = layer.store
+        assert store is not None
+        if store.storage.limit is None or not (self.policy.retains or layer.window is not None):
+            return 0
+        counts = store.counts_host + np.reshape(added, (-1, 1))
+        known = layer.budgets is not None and layer.recent is not None and not prompt
+        over: Any = counts - layer.budgets_host if known else counts
+        if not counts.size or over.max() <= 0 or not store.shared:
+            return 0
+        if known:
+            assert layer.recent is not None
+            if over.max() == 1:
+                return int(np.count_nonzero(over > 0))
+            protected = self.policy.sinks + layer.recent.cpu().numpy()[:, None]
+            counts = np.minimum(counts, np.maximum(layer.budgets_host, protected))
+        return int((-(-counts // self.page_size)).sum())
+
+    def evictable_in_advance(self, step: Step) -> bool:
+        """Whether the end of this forward can be foreseen: no head will be over its budget by more than one entry, each
+        that is has something to give up, and no page is shared."""
+        if step.prompt or self.unplanned:
+            return False
+        for layer in self.layers:
+            store = layer.store
+            if store is None:
+                continue
+            if layer.budgets is None or not layer.surely_evicts or store.shared:
+                return False
+            if store.max_count > layer.smallest_budget and (store.counts_host > layer.budgets_host).any():
+                return False
+        return True
