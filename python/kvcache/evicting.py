@@ -127,7 +127,7 @@ class Evicting:
     def _unprotected(
         self, layer: Layer, known: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Entries at positions [first, end) of each row, both [R] int32, may leave. ``known``: what was asked before."""
+        """Entries at positions [first, end) of each row, both [R] int32, may leave; ``known`` keeps what was asked."""
         assert layer.store is not None
         assert layer.recent is not None
         key = (id(layer.recent) if layer.window is None else ~id(layer.recent), layer.recent.device)

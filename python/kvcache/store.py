@@ -253,9 +253,9 @@ class LayerStore:
             return
         pages = pool.used
         self.storage.copy(pool.extend(self.table_host, self.counts_host, added))
-        if self.mirrored and pool.used != pages:  # not at every step: a page holds many
-            if ((self.table_host != self._uploaded) & (self.table_host >= 0)).any():
-                self.upload_table()
+        changed = self.mirrored and pool.used != pages  # not at every step: a page holds many
+        if changed and ((self.table_host != self._uploaded) & (self.table_host >= 0)).any():
+            self.upload_table()
         if added.min() == most:  # a row that adds nothing may share its last page
             self.room = most + int((-(self.counts_host + most) % self.storage.page_size).min())
 
