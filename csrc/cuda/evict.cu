@@ -85,7 +85,7 @@ __global__ __launch_bounds__(kThreads) void worst_of_layers(const __grid_constan
 
 // Block (item, layer). T is the storage's type if there are bounds to keep, else void.
 template <class Unit, class T>
-__global__ __launch_bounds__(kThreads) void evict_worst(const __grid_constant__ Arguments p) {
+__global__ __launch_bounds__(kThreads, 4) void evict_worst(const __grid_constant__ Arguments p) {
   wait_for_dependencies();
   launch_dependents();
   KVCACHE_DYNAMIC_SHARED(Worst, of_warp);  // [kThreads / 32]
