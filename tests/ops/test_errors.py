@@ -31,9 +31,7 @@ def good_calls():
     bounds = {"first": ints([0, 1]), "end": ints([20, 30])}
     mask = torch.ones(2, 2, 3, capacity, dtype=torch.bool)
     second = make_paged(rows=2, heads=1, page_size=4, k_dim=8, v_dim=6, max_count=6, same_counts=True, seed=5)
-    layers = {
-        name: [storage[name], getattr(second, name)] for name in ("counts", "positions", "columns")
-    } | {"table": [storage["table"], torch.where(second.table >= 0, second.table, -1)]}
+    layers = {name: [storage[name], getattr(second, name)] for name in ("table", "counts", "positions", "columns")}
     ranked = {"scores": torch.randn(2, 2, capacity), "counts": storage["counts"], "positions": storage["positions"]}
     return {
         "append": storage
@@ -227,7 +225,7 @@ def bad_calls():
     yield values("topk", **listed | {"page_counts": ints([[2, 3]] * 2)})
     evicted = good["evict"]
     rest = {name: evicted[name][1] for name in ("table", "counts")}
-    yield values("evict", table=[evicted["table"][0], torch.where(rest["table"] >= 0, -1, -1)])
+    yield values("evict", table=[evicted["table"][0], torch.full_like(rest["table"], -1)])
     yield values("evict", table=[far, rest["table"]], budgets=[ints([[0, 0], [0, 0]]), ints([[0], [0]])])
     yield values("evict", counts=[many, rest["counts"]])
     yield values("evict", counts=[evicted["counts"][0], -rest["counts"]])
