@@ -98,7 +98,7 @@ def change_for(name, op):
     )
     yield "rank", ValueError, lambda x: x[..., None]
     yield "more in dimension 0", ValueError, lambda x: torch.cat([x, x[:1]])
-    if op not in ("topk", "choose_victims") and (op, name) != ("evict", "budgets") or name in ("first", "end"):
+    if (op not in ("topk", "choose_victims") and (op, name) != ("evict", "budgets")) or name in ("first", "end"):
         yield "stride", ValueError, lambda x: torch.stack([x, x], -1)[..., 0]
 
 

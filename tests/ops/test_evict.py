@@ -135,7 +135,9 @@ def test_evict_is_the_reference(backend, shape, sizes, kind, with_bounds, loose,
     rows, bounds = shape["rows"], bounds_of(layers) if with_bounds else None
     for step in range(steps):
         # From all heads over their budgets to hardly one.
-        budgets = layers.each(lambda c: (c.counts + torch.randint(-2, 1 + loose * 40, c.counts.shape, generator=g)).int())
+        budgets = layers.each(
+            lambda c: (c.counts + torch.randint(-2, 1 + loose * 40, c.counts.shape, generator=g)).int()
+        )
         first = [torch.randint(0, 12, (rows,), generator=g).int() for _ in sizes]
         end = [torch.randint(0, 90, (rows,), generator=g).int() for _ in sizes]
         check(layers, make_scores(kind, layers, seed + step), budgets, first, end, bounds)
@@ -244,7 +246,9 @@ def test_worked_example(backend):
 
 def test_budgets_and_scores_that_are_views_of_what_is_written(backend):
     """All heads go by the first head's count and score, which evicting from the first head changes."""
-    layers = Layers([make_paged(rows=3, heads=3, page_size=4, k_dim=8, v_dim=8, max_count=30, seed=i) for i in range(3)])
+    layers = Layers(
+        [make_paged(rows=3, heads=3, page_size=4, k_dim=8, v_dim=8, max_count=30, seed=i) for i in range(3)]
+    )
     for case in layers.cases:
         case.counts[:] = case.counts.amin(1, keepdim=True) + ints([0, 1, 0])
         case.counts.clamp_(max=case.positions.shape[2])

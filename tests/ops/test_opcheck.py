@@ -152,7 +152,9 @@ def test_evicting_all_layers_compiles_as_one_graph(compiled_backend):
     plain, compiled = case_of(), case_of()
     run = torch.compile(step, fullgraph=True, backend=compiled_backend)
     rest = ([plain.counts // 2] * 2, [ints([0, 0])] * 2, [ints([1000, 1000])] * 2)
-    got, want = (f(*rest, *x.args[:2], *([y, y.clone()] for y in x.args[2:])) for f, x in ((run, compiled), (step, plain)))
+    got, want = (
+        f(*rest, *x.args[:2], *([y, y.clone()] for y in x.args[2:])) for f, x in ((run, compiled), (step, plain))
+    )
     assert torch.equal(got, want)
     compiled.assert_equal(plain)
     torch._dynamo.reset()
