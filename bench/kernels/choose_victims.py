@@ -1,9 +1,10 @@
-"""The eviction step of all layers of a model: choose_victims, and together with overwrite.
+"""The eviction step of all layers of a model: choose_victims, together with overwrite, and evict.
 
     python bench/kernels/choose_victims.py [options: bench/kernels/common.py]
 
-Rows are layers times batch: one launch serves them all. The baseline is torch: hide the protected, argmin. Bytes: the
-score and the position of every entry.
+Rows are layers times batch: one launch serves them all. evict gets the same layers as lists and is the step of a model:
+one call, nothing else. The baseline is torch: hide the protected, argmin. Bytes: the score and the position of every
+entry.
 """
 
 import torch
@@ -38,6 +39,16 @@ def measure(bench, layers, batch, heads, entries, scored):
             columns[c][0] if scored else None, pages[c].counts, pages[c].positions, budgets, first, end
         )
 
+    def lists(x):
+        return list(x.unflatten(0, (layers, batch)).unbind())
+
+    limits = (lists(budgets), lists(first), lists(end))
+    of_layers = []
+    for x, y in zip(pages, columns):
+        own = [lists(z) for z in (x.table, x.counts, x.positions)]
+        scores = lists(y[0])
+        of_layers.append((x.k, x.v, *own, [z[None] for z in scores], scores if scored else [], *limits))
+
     def by_torch(c):
         p = pages[c].positions
         hidden = (p < first[:, None, None]) | (p >= end[:, None, None])
@@ -46,7 +57,8 @@ def measure(bench, layers, batch, heads, entries, scored):
     assert torch.equal(choose(0).long(), by_torch(0))
     runs = {
         "ours": choose, "torch|": by_torch,
-        "ours, evict": lambda c: ops.overwrite(*pages[c].args(), columns[c], choose(c)),
+        "with overwrite": lambda c: ops.overwrite(*pages[c].args(), columns[c], choose(c)),
+        "evict": lambda c: ops.evict(*of_layers[c]),
     }  # fmt: skip
     times = bench.compare(
         runs, copies, pools=lambda c: (columns[c], pages[c].positions), touched=nbytes,
@@ -54,7 +66,8 @@ def measure(bench, layers, batch, heads, entries, scored):
     )  # fmt: skip
     cells = {"layers": layers, "batch": batch, "heads": heads, "entries": entries, "by": "score" if scored else "age"}
     row = bench.row(cells, times, nbytes=nbytes, peers=("torch",))
-    row[f"with overwrite {bench.time_unit}"] = bench.shown(times.seconds["ours, evict"])
+    for name in ("with overwrite", "evict"):
+        row[f"{name} {bench.time_unit}"] = bench.shown(times.seconds[name])
     return [row]
 
 

@@ -13,12 +13,14 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace kvcache::abi {
 
 using Handle = struct AtenTensorOpaque*;  // at::Tensor*
 using Library = struct TorchLibraryOpaque*;
 using Guard = struct DeviceGuardOpaque*;
+using List = struct StableListOpaque*;
 using Value = uint64_t;  // StableIValue: one slot of the stack that a boxed kernel gets and leaves its results on
 using Boxed = void (*)(Value*, uint64_t, uint64_t);
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
@@ -51,6 +53,9 @@ using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
   X(int32_t, aoti_torch_empty_strided, (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*)) \
   X(int32_t, aoti_torch_create_device_guard, (int32_t, Guard*))                                                       \
   X(int32_t, aoti_torch_delete_device_guard, (Guard))                                                                 \
+  X(int32_t, torch_list_size, (List, size_t*))                                                                        \
+  X(int32_t, torch_list_get_item, (List, size_t, Value*))                                                             \
+  X(int32_t, torch_delete_list, (List))                                                                               \
   X(int32_t, torch_get_num_threads, (uint32_t*))                                                                      \
   X(int32_t, torch_parallel_for, (int64_t, int64_t, int64_t, ParallelBody, void*))
 
@@ -154,6 +159,8 @@ class Tensor {
 };
 
 using OptionalTensor = std::optional<Tensor>;
+using TensorList = std::vector<Tensor>;                  // Tensor[]
+using OptionalTensorList = std::vector<OptionalTensor>;  // Tensor?[]
 
 // Uninitialised, contiguous, on the device of `like`.
 template <size_t N>
@@ -166,7 +173,7 @@ Tensor empty(const Tensor& like, const int64_t (&sizes)[N], int32_t dtype) {
   return Tensor(handle);
 }
 
-// Stack slot -> argument. The callee owns tensor handles and the heap cell of an optional.
+// Stack slot -> argument. The callee owns tensor handles, the heap cell of an optional, a list and what is in it.
 template <class T>
 struct Unbox {
   static_assert(std::is_same_v<T, int64_t> || std::is_same_v<T, double> || std::is_same_v<T, bool>);
@@ -200,6 +207,27 @@ struct Unbox<const OptionalTensor&> {
   }
 };
 
+template <class T>
+struct Unbox<const std::vector<T>&> {
+  static std::vector<T> get(Value value) {
+    struct Owner {  // also where a call below fails
+      List list;
+      ~Owner() { torch_delete_list(list); }
+    } owner;
+    std::memcpy(&owner.list, &value, sizeof owner.list);
+    size_t size;
+    succeed(torch_list_size(owner.list, &size), "list");
+    std::vector<T> items;
+    items.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      Value item;
+      succeed(torch_list_get_item(owner.list, i, &item), "list");
+      items.push_back(Unbox<const T&>::get(item));
+    }
+    return items;
+  }
+};
+
 inline void put(Value* slot, Tensor tensor) {
   Handle handle = tensor.release();
   *slot = 0;
@@ -210,7 +238,8 @@ inline void put(Value* stack, std::tuple<Tensor, Tensor> tensors) {
   put(stack + 1, std::move(std::get<1>(tensors)));
 }
 
-// Box<f>::call is the boxed kernel of a plain function over const Tensor&, const OptionalTensor&, int64_t, double, bool.
+// Box<f>::call is the boxed kernel of a plain function over const Tensor&, const OptionalTensor&, lists of either, int64_t,
+// double, bool.
 template <auto F>
 struct Box;
 template <class R, class... A, R (*F)(A...)>

@@ -38,6 +38,11 @@ struct Same<kvcache::abi::Library*> {
   using type = ::TorchLibraryHandle*;
 };
 
+template <>
+struct Same<kvcache::abi::List> {
+  using type = ::StableListHandle;
+};
+
 template <class F>
 struct Function;
 template <class R, class... A>

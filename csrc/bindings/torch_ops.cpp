@@ -33,7 +33,7 @@ void register_ops() {
   abi::load();
   abi::Library definitions, cpu = implementations("CPU"), cuda = implementations(kCudaKey);
   abi::succeed(abi::aoti_torch_library_init_def(kNamespace, "kvcache", __LINE__, &definitions), "library");
-  for (const Op* ops : {kStorageOps, kSelectionOps, kAttentionOps, kLatentOps, kRoutingOps}) {
+  for (const Op* ops : {kStorageOps, kSelectionOps, kEvictionOps, kAttentionOps, kLatentOps, kRoutingOps}) {
     for (const Op* op = ops; op->name; ++op) {
       abi::succeed(abi::aoti_torch_library_def(definitions, op->schema), op->schema);
       if (op->cpu) abi::succeed(abi::torch_library_impl(cpu, op->name, op->cpu, abi::kCallingConvention), op->name);
@@ -103,12 +103,16 @@ Checker::Checker(const char* op, Backend backend) : op_(op), backend_(backend) {
 #endif
 }
 
+std::string Checker::place() const {
+  return std::string(op_) + ": " + (layer_ < 0 ? "" : "layer " + std::to_string(layer_) + ": ");
+}
+
 void Checker::value_error(const std::string& message) const {
-  throw std::runtime_error("ValueError: " + std::string(op_) + ": " + message);
+  throw std::runtime_error("ValueError: " + place() + message);
 }
 
 void Checker::type_error(const std::string& message) const {
-  throw std::runtime_error("TypeError: " + std::string(op_) + ": " + message);
+  throw std::runtime_error("TypeError: " + place() + message);
 }
 
 void Checker::shape(const char* argument, const Tensor& tensor, std::initializer_list<Dim> want) const {

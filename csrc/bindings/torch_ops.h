@@ -30,12 +30,14 @@ struct Op {
 #define KVCACHE_OP(function) abi::Box<bindings::function<bindings::Backend::kCpu>>::call, nullptr
 #endif
 // What each file contributes, ended by an entry without a name.
-extern const Op kStorageOps[], kSelectionOps[], kAttentionOps[], kLatentOps[], kRoutingOps[];
+extern const Op kStorageOps[], kSelectionOps[], kEvictionOps[], kAttentionOps[], kLatentOps[], kRoutingOps[];
 
 namespace bindings {
 
 using abi::OptionalTensor;
+using abi::OptionalTensorList;
 using abi::Tensor;
+using abi::TensorList;
 
 enum class Backend { kCpu, kCuda };
 
@@ -52,6 +54,8 @@ class Checker {
   Checker(const char* op, Backend backend);
 
   std::string name() const { return op_; }
+  // The arguments looked at from now on are entry `layer` of their lists: messages say so.
+  void in_layer(int64_t layer) { layer_ = layer; }
   [[noreturn]] void value_error(const std::string& message) const;
   [[noreturn]] void type_error(const std::string& message) const;
 
@@ -107,11 +111,13 @@ class Checker {
   }
 
  private:
+  std::string place() const;  // "append: ", "evict: layer 3: "
   void dtype(const char* argument, const Tensor& tensor, int32_t want, const char* name) const;
   void seen(const Tensor& tensor, bool writable) const;  // tells the emulation what the kernels may touch
 
   const char* op_;
   Backend backend_;
+  int64_t layer_ = -1;
   mutable int32_t device_index_ = -2;  // of the first tensor seen; -2: none yet
 };
 

@@ -190,4 +190,11 @@ struct VictimParams {
   int32_t* victims;  // [rows, heads]
 };
 
+// choose_victims and then overwrite, of several layers that share their pages, rows and number of columns.
+struct EvictParams {
+  const VictimParams* choice;   // [layers]; victims only on the CPU
+  const OverwriteParams* move;  // [layers], of the same tensors
+  int32_t layers;
+};
+
 }  // namespace kvcache

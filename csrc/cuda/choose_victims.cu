@@ -4,33 +4,12 @@
 #include "../core/victim_plan.h"
 #include "kernels.h"
 #include "ptx/dependent_launch.cuh"
-#include "score_keys.cuh"
+#include "worst_candidate.cuh"
 
 namespace kvcache::cuda {
 namespace {
 
-constexpr int kThreads = 256, kBatch = 4;
-
-// Worse is smaller: the score's key above, the position's below; among equals the first slot.
-struct Worst {
-  uint64_t key;
-  int slot;  // -1: no candidate
-
-  __device__ __forceinline__ void offer(uint64_t other_key, int other_slot) {
-    const bool better = other_slot >= 0 && (slot < 0 || other_key < key || (other_key == key && other_slot < slot));
-    key = better ? other_key : key;
-    slot = better ? other_slot : slot;
-  }
-  __device__ __forceinline__ void reduce_warp() {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance >>= 1) {
-      const uint32_t high = __shfl_xor_sync(kFullWarp, uint32_t(key >> 32), distance);
-      const uint32_t low = __shfl_xor_sync(kFullWarp, uint32_t(key), distance);
-      const int other = __shfl_xor_sync(kFullWarp, slot, distance);
-      offer(uint64_t(high) << 32 | low, other);
-    }
-  }
-};
+constexpr int kThreads = 256;
 
 // Block b looks at piece b % pieces of head b / pieces. With one piece per head its slot is the victim, otherwise the
 // piece's worst goes to parts [rows * heads, pieces].
@@ -46,37 +25,11 @@ __global__ __launch_bounds__(kThreads) void worst_candidates(VictimParams p, Vic
   const float* scores = nullptr;                                                                        // [capacity]
   if (p.scores != nullptr) scores = p.scores + row * p.scores_stride[0] + head * p.scores_stride[1];
   const int first = p.first[row], end = p.end[row];
-  Worst worst{0, -1};
-  const int64_t piece_begin = piece * plan.piece;
-  const int until = int(min(int64_t(n), piece_begin + plan.piece));
-  for (int64_t begin = piece_begin + threadIdx.x; over && begin < until; begin += kThreads * kBatch) {
-    int position[kBatch];
-    float score[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int64_t slot = begin + j * kThreads;
-      const bool alive = slot < until;
-      position[j] = alive ? positions[slot] : 0;
-      score[j] = alive && scores != nullptr ? scores[slot] : 0.0f;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int64_t slot = begin + j * kThreads;
-      if (slot >= until || !is_candidate(position[j], first, end)) continue;
-      // With scores the highest position goes first among equals, without them the lowest of all.
-      const uint64_t key = scores != nullptr ? uint64_t(score_key(score[j])) << 32 | position_key(position[j])
-                                             : uint32_t(~position_key(position[j]));
-      worst.offer(key, int(slot));
-    }
-  }
-  worst.reduce_warp();
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
-  if (lane == 0) of_warp[warp] = worst;
-  __syncthreads();
-  if (warp != 0) return;
-  worst = lane < kThreads / 32 ? of_warp[lane] : Worst{0, -1};
-  worst.reduce_warp();
-  if (lane != 0) return;
+  const int64_t begin = piece * plan.piece;
+  const int until = over ? int(min(int64_t(n), begin + plan.piece)) : 0;
+  Worst worst = worst_of_slots<kThreads>(positions, scores, begin, until, first, end);
+  worst.reduce_block<kThreads>(of_warp);
+  if (threadIdx.x != 0) return;
   if (parts == nullptr) {
     p.victims[item] = worst.slot;
   } else {

@@ -10,7 +10,7 @@ namespace kvcache::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// Storage. append also counts; compact sets counts; overwrite lowers them.
+// Storage. append also counts; compact sets counts; overwrite and evict lower them.
 int append(const AppendParams& p, Stream stream);
 int copy_pages(const CopyPagesParams& p, Stream stream);
 int compact(const CompactParams& p, Stream stream);
@@ -39,6 +39,8 @@ int64_t topk_scratch(const TopKParams& p);
 int topk(const TopKParams& p, void* scratch, Stream stream);
 int64_t choose_victims_scratch(const VictimParams& p);
 int choose_victims(const VictimParams& p, void* scratch, Stream stream);
+int64_t evict_scratch(const EvictParams& p);
+int evict(const EvictParams& p, void* scratch, Stream stream);
 int query_similarity(const SimilarityParams& p, Stream stream);
 
 // Routing of rows.

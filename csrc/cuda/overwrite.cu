@@ -3,42 +3,13 @@
 #include <algorithm>
 
 #include "kernels.h"
-#include "page_bounds.cuh"
+#include "move_last.cuh"
 #include "ptx/dependent_launch.cuh"
 
 namespace kvcache::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-
-constexpr int kBatch = 8;  // keys that a thread reads at once
-
-// Bounds of the victim's page and of the page that the last entry left, from what they hold now: one thread per page and
-// n neighbouring channels. A page that holds nothing any more keeps its own.
-template <class T, int n>
-__device__ __forceinline__ void bound_changed_pages(const OverwriteParams& p, int64_t first, int64_t items,
-                                                    int block_heads) {
-  const PagedView& view = p.view;
-  const unsigned units = unsigned(view.k_dim) / n, jobs = 2 * units;
-  for (unsigned i = threadIdx.x; i < block_heads * jobs; i += kThreads) {
-    const int64_t item = first + i / jobs;
-    if (item >= items) continue;
-    const int victim = p.victims[item], last = view.counts[item] - 1;  // `last` entries are left
-    if (victim < 0) continue;
-    const int of_victim = victim / view.page_size, of_last = last / view.page_size;
-    const bool second = i % jobs >= units;
-    if (second && of_last == of_victim) continue;
-    const int column = second ? of_last : of_victim, live = min(view.page_size, last - column * view.page_size);
-    if (live <= 0) continue;
-    const int64_t page = view.table[item * view.table_width + column];
-    const int dim = view.k_dim, channel = int(i % units) * n;
-    const T* keys = static_cast<const T*>(view.k_pages) + page * view.page_size * dim + channel;  // [page_size, dim]
-    ChannelBounds<T, n> bounds;
-    bounds.start();
-    bounds.template include_rows<kBatch>(keys, live, dim);
-    bounds.store(static_cast<T*>(p.bounds) + page * 2 * dim + channel, dim);
-  }
-}
 
 // A few threads per head, block_heads heads per block: one unit of the key or value each, then positions and columns. T is
 // the storage's type if there are bounds to keep, else void.
@@ -55,24 +26,32 @@ __global__ __launch_bounds__(kThreads, 8) void move_last(OverwriteParams p, int 
     if (item >= items) continue;
     const int victim = p.victims[item], last = view.counts[item] - 1;
     if (victim < 0 || victim == last) continue;
-    const int32_t* table = view.table + item * view.table_width;  // [table_width]
+    const HeadEntries<Unit> head{static_cast<Unit*>(view.k_pages),
+                                 static_cast<Unit*>(view.v_pages),
+                                 view.table + item * view.table_width,
+                                 view.positions + item * view.capacity,
+                                 view.columns + item * view.capacity,
+                                 items * view.capacity,
+                                 view.page_size,
+                                 k_units,
+                                 v_units};
     if (job < units) {
-      const bool keys = job < unsigned(k_units);
-      const int row_units = keys ? k_units : v_units;
-      Unit* pages = static_cast<Unit*>(keys ? view.k_pages : view.v_pages) + (keys ? job : job - k_units);
-      pages[entry_offset(table, victim, view.page_size, row_units)] =
-          pages[entry_offset(table, last, view.page_size, row_units)];
-    } else if (job == units) {
-      int32_t* positions = view.positions + item * view.capacity;  // [capacity]
-      positions[victim] = positions[last];
+      *head.unit(job, victim) = *head.unit(job, last);
     } else {
-      float* column = view.columns + (int64_t(job - units - 1) * items + item) * view.capacity;  // [capacity]
-      column[victim] = column[last];
+      head.move_beside(job - units, victim, last);
     }
   }
   __syncthreads();  // everybody has read the counts, and the keys are where they belong
   if constexpr (!std::is_void_v<T>) {
-    bound_changed_pages<T, kVectorOf<Unit, T>>(p, first, items, block_heads);
+    constexpr int n = kVectorOf<Unit, T>;
+    const unsigned parts = 2 * (unsigned(view.k_dim) / n);
+    for (unsigned i = threadIdx.x; i < block_heads * parts; i += kThreads) {
+      const int64_t item = first + i / parts;
+      if (item >= items || p.victims[item] < 0) continue;
+      bound_changed_page<T, n>(i % parts, static_cast<const T*>(view.k_pages), static_cast<T*>(p.bounds),
+                               view.table + item * view.table_width, view.page_size, view.k_dim, p.victims[item],
+                               view.counts[item] - 1);
+    }
     __syncthreads();
   }
   for (int i = int(threadIdx.x); i < block_heads && first + i < items; i += kThreads) {

@@ -135,7 +135,7 @@ def resident_kb():
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_calls_leak_nothing():
-    """Handles and the heap cells of optional arguments are given back, also when the call raises."""
+    """Handles, lists and the heap cells of optional arguments are given back, also when the call raises."""
     case = make_paged(rows=1, heads=1, page_size=4, k_dim=8, v_dim=8, max_count=6, seed=1)
     q, scores = torch.randn(1, 2, 8), case.columns[0]
     shared = (case.k_pages, case.v_pages, case.table, case.counts, case.positions)
@@ -149,6 +149,8 @@ def test_calls_leak_nothing():
             ops.decode_attention(q, *shared, first, sinks, bias, None, None, scores, 0.3)
             ops.choose_victims(scores, case.counts, case.positions, budgets, first, end)
             ops.topk(scores, case.counts, case.positions, budgets, first, end, 8)
+            ops.evict(*case.args[:2], *([x] for x in case.args[2:]), [scores], [case.counts], [first], [end])
+            ops.evict(*case.args[:2], *([x] for x in case.args[2:]), [None], [case.counts], [first], [end])
             with contextlib.suppress(ValueError):
                 ops.decode_attention(q, *shared, first, wrong, bias, None, None, scores, 0.3)
 

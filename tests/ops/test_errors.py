@@ -30,6 +30,8 @@ def good_calls():
     listed = {"index": keep, "index_counts": two}
     bounds = {"first": ints([0, 1]), "end": ints([20, 30])}
     mask = torch.ones(2, 2, 3, capacity, dtype=torch.bool)
+    second = make_paged(rows=2, heads=1, page_size=4, k_dim=8, v_dim=6, max_count=6, same_counts=True, seed=5)
+    layers = {name: [storage[name], getattr(second, name)] for name in ("table", "counts", "positions", "columns")}
     ranked = {"scores": torch.randn(2, 2, capacity), "counts": storage["counts"], "positions": storage["positions"]}
     return {
         "append": storage
@@ -73,6 +75,11 @@ def good_calls():
         "query_similarity": {"a": q[:, :, 0], "b": q[:, :, 1]},
         "topk": ranked | {"k": two} | bounds | {"width": capacity},
         "choose_victims": ranked | {"budgets": two} | bounds,
+        "evict": {"k_pages": storage["k_pages"], "v_pages": storage["v_pages"]}
+        | layers
+        | {"scores": [x[0].nan_to_num() for x in layers["columns"]], "budgets": [two, ints([[1], [1]])]}
+        | {name: [x, x] for name, x in bounds.items()}
+        | {"bounds": torch.zeros(len(case.k_pages), 2, 8)},
         "page_bounds": {name: storage[name] for name in ("k_pages", "table", "counts")}
         | {"bounds": torch.zeros(len(case.k_pages), 2, 8)},
         "active_rows": {"mask": torch.tensor([True, False])},
@@ -91,8 +98,17 @@ def change_for(name, op):
     )
     yield "rank", ValueError, lambda x: x[..., None]
     yield "more in dimension 0", ValueError, lambda x: torch.cat([x, x[:1]])
-    if op not in ("topk", "choose_victims") or name in ("first", "end"):
+    if (op not in ("topk", "choose_victims") and (op, name) != ("evict", "budgets")) or name in ("first", "end"):
         yield "stride", ValueError, lambda x: torch.stack([x, x], -1)[..., 0]
+
+
+def bad_lists(op, name, value, free, defining):
+    """The same to the last tensor of a list, and to the list."""
+    for label, error, damage in change_for(name, op):
+        if not (label.startswith("more") and (name in defining or (op, name) in free)):
+            yield f"{op}-{name}-{label}", op, {name: [*value[:-1], damage(value[-1])]}, error
+    yield f"{op}-{name}-one short", op, {name: value[:-1]}, ValueError
+    yield f"{op}-{name}-not a list", op, {name: 3}, TypeError
 
 
 def bad_calls():
@@ -102,6 +118,8 @@ def bad_calls():
     free |= {("gather_rows", "x"), ("gather_rows", "index"), ("scatter_rows", "x")}
     for op, good in good_calls().items():
         for name, value in good.items():
+            if isinstance(value, list):
+                yield from bad_lists(op, name, value, free, defining)
             if not isinstance(value, torch.Tensor):
                 continue
             for label, error, damage in change_for(name, op):
@@ -205,7 +223,13 @@ def bad_calls():
     yield values("topk", **listed)  # there is no page 2
     yield values("topk", **listed | {"pages": ints([[[1, 0], [1, -1]]] * 2)})
     yield values("topk", **listed | {"page_counts": ints([[2, 3]] * 2)})
-    for op in ("append", "copy_pages", "compact", "overwrite", "page_bounds"):
+    evicted = good["evict"]
+    rest = {name: evicted[name][1] for name in ("table", "counts")}
+    yield values("evict", table=[evicted["table"][0], torch.full_like(rest["table"], -1)])
+    yield values("evict", table=[far, rest["table"]], budgets=[ints([[0, 0], [0, 0]]), ints([[0], [0]])])
+    yield values("evict", counts=[many, rest["counts"]])
+    yield values("evict", counts=[evicted["counts"][0], -rest["counts"]])
+    for op in ("append", "copy_pages", "compact", "overwrite", "evict", "page_bounds"):
         yield values(op, bounds=torch.zeros(5, 2, 8))
         yield values(op, TypeError, bounds=good["append"]["bounds"].half())
     yield values("page_bounds", table=hole)
@@ -235,8 +259,9 @@ def test_bad_call(op, changes, error):
             getattr(ops, op)(**args)
         messages.append(str(raised.value))
         for name, value in args.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), f"{name} was written to"
+            for mine, old in zip(value, before[name]) if isinstance(value, list) else [(value, before[name])]:
+                if isinstance(mine, torch.Tensor):
+                    assert torch.equal(mine.nan_to_num(), old.nan_to_num()), f"{name} was written to"
     if 3 not in [x for x in changes.values() if isinstance(x, int)]:
         assert messages[0] == messages[1]
         assert messages[0].startswith(f"{op}: ")

@@ -29,6 +29,8 @@ def storage_step(x):
     scores = columns[0]
     victims = ops.choose_victims(scores, counts, positions, x["budgets"], x["first"], x["end"])
     ops.overwrite(*x["args"], victims, x["bounds"])
+    lists = ([y] for y in (table, counts, positions, columns, scores, x["budgets"], x["first"], x["end"]))
+    ops.evict(k_pages, v_pages, *lists, x["bounds"])
     index, index_counts = ops.topk(scores, counts, positions, x["budgets"], x["first"], x["end"], WIDTH)
     ops.compact(k_pages, v_pages, table, table, counts, positions, columns, index, index_counts, x["bounds"])
     ops.page_bounds(k_pages, table, counts, x["bounds"])
@@ -144,6 +146,41 @@ def test_victims_replay(n):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(victims.cpu(), reference.choose_victims(*(x.cpu() for x in args)))
+
+
+@pytest.mark.parametrize("n", [64, 20_000])
+def test_evictions_of_a_model_replay(n):
+    """One capture for whatever is evicted: who is over the budget and what scores say changes from step to step."""
+    layers, page_size = 5, 16
+    table = torch.arange(layers * 2 * n // page_size, dtype=torch.int32, device="cuda").view(layers, 1, 2, -1)
+    g = torch.Generator().manual_seed(n)
+    pages = [torch.randn(table.numel(), page_size, 64, generator=g).bfloat16().cuda() for _ in range(2)]
+    counts, budgets = (torch.zeros(layers, 1, 2, dtype=torch.int32, device="cuda") for _ in range(2))
+    positions = torch.arange(n, dtype=torch.int32, device="cuda").expand(layers, 1, 2, n).contiguous()
+    columns = torch.zeros(layers, 1, 1, 2, n, device="cuda")
+    first, end = (torch.full((layers, 1), value, dtype=torch.int32, device="cuda") for value in (4, n - 8))
+
+    def lists(*tensors):
+        return [list(x.unbind()) for x in tensors]
+
+    mine = (*pages, *lists(table, counts, positions, columns, columns[:, 0], budgets, first, end))
+    ops.evict(*mine)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.evict(*mine)
+    for held in (n, 0, n // 3, 5, n - 1):
+        columns.copy_(torch.randn(columns.shape, generator=g).round())  # ties everywhere
+        positions.copy_(torch.stack([torch.randperm(n, generator=g) for _ in range(2 * layers)]).view(positions.shape))
+        counts.copy_(torch.randint(0, held + 1, counts.shape, generator=g))
+        budgets.copy_(torch.randint(0, held + 1, counts.shape, generator=g))
+        written = [x.cpu() for x in (*pages, table, counts, positions, columns)]
+        limits = lists(*(x.cpu() for x in (budgets, first, end)))
+        reference.evict(*written[:2], *lists(*written[2:], written[5][:, 0].clone()), *limits)
+        graph.replay()
+        torch.cuda.synchronize()
+        for got, want in zip((*pages, table, counts, positions, columns), written):
+            assert torch.equal(got.cpu(), want)
 
 
 def test_two_stage_selection_replays():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from paged_case import make_paged
+from torch.utils._pytree import tree_map_only
 
 from kvcache import ops
 
@@ -34,6 +35,7 @@ def samples():
     q, q_positions = torch.randn(2, 4, 3, 8), ints([[-1, 10, 11], [9, 10, 11]])
     index, index_counts = keep, keep_counts
     first, end = ints([1, 2]), ints([20, 30])
+    limits = (case.counts // 2, first, end)
     shared = (case.k_pages, case.v_pages, case.table, case.counts, case.positions)
     keys = (case.k_pages, case.table, case.counts, case.positions)
     extras = (q_positions - 5, torch.randn(4), torch.randn(2, 4, capacity))
@@ -96,6 +98,10 @@ def samples():
             ((case.columns[0], case.counts, case.positions, case.counts // 2, first, end),),
             ((None, case.counts, case.positions, case.counts // 2, first, end),),
         ],
+        "evict": [
+            ((*case.args[:2], *([x] for x in case.args[2:]), [scores], *([x] for x in limits), *extra),)
+            for scores, extra in ((torch.rand(2, 2, capacity), ()), (None, (bounds[: len(case.k_pages)].clone(),)))
+        ],
         "page_bounds": [((case.k_pages, case.table, case.counts, bounds[: len(case.k_pages)].clone()),)],
         "plan_decode": [((case.counts[None], 1, 40, 3),)],
         "active_rows": [((torch.tensor([True, False, True]),),)],
@@ -130,11 +136,28 @@ def test_fake_outputs_have_the_real_ones_layout(name):
     for (args,) in samples()[name]:
         real = getattr(ops, name)(*args)
         with FakeTensorMode() as mode:
-            fake = getattr(ops, name)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+            fake = getattr(ops, name)(*(tree_map_only(torch.Tensor, mode.from_tensor, x) for x in args))
         real, fake = ((x if isinstance(x, tuple) else (x,)) for x in (real, fake))
         for a, b in zip(real, fake):
             if a is not None:
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("compiled_backend", ["aot_eager"])
+def test_evicting_all_layers_compiles_as_one_graph(compiled_backend):
+    def step(budgets, first, end, k_pages, v_pages, *lists):
+        ops.evict(k_pages, v_pages, *lists, [x[0] for x in lists[3]], budgets, first, end)
+        return lists[1][0] * 2
+
+    plain, compiled = case_of(), case_of()
+    run = torch.compile(step, fullgraph=True, backend=compiled_backend)
+    rest = ([plain.counts // 2] * 2, [ints([0, 0])] * 2, [ints([1000, 1000])] * 2)
+    got, want = (
+        f(*rest, *x.args[:2], *([y, y.clone()] for y in x.args[2:])) for f, x in ((run, compiled), (step, plain))
+    )
+    assert torch.equal(got, want)
+    compiled.assert_equal(plain)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("compiled_backend", ["aot_eager"])

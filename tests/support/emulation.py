@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,12 @@ _READERS = {
 }
 
 
+def _tensors(given: dict) -> Iterator[tuple[str, Tensor]]:
+    """All tensors among the arguments, also those in lists of them, each with its argument's name."""
+    for argument, x in given.items():
+        yield from ((argument, y) for y in (x if isinstance(x, (list, tuple)) else [x]) if isinstance(y, Tensor))
+
+
 class Narrowed:
     """The ops of the race build. A call may touch only the pages that its tables name, and write only what it says."""
 
@@ -156,8 +163,10 @@ class Narrowed:
         return SimpleNamespace(default=call)
 
     def _narrow(self, name: str, given: dict, written: set[str]) -> None:
-        for argument, x in given.items():
-            if isinstance(x, Tensor) and argument not in written and x.numel() and x.device.type == "cpu":
+        everything = [(argument, x) for argument, x in _tensors(given) if x.device.type == "cpu"]
+        open_to_all = {x.untyped_storage().data_ptr() for argument, x in everything if argument in written}
+        for _, x in everything:
+            if x.numel() and x.untyped_storage().data_ptr() not in open_to_all:  # a view of what is written is fine
                 last = sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
                 self.library.kvcache_emulated_protect(x.data_ptr(), (last + 1) * x.element_size())
         owned = self._owned(name, given)
@@ -175,7 +184,7 @@ class Narrowed:
         if name == "copy_pages":
             lists = [given["source"], given["target"]]
         else:
-            lists = [given[t] for t in ("table", "source_table", "target_table") if isinstance(given.get(t), Tensor)]
+            lists = [x for t, x in _tensors(given) if t in ("table", "source_table", "target_table")]
         if not lists or any(x.dtype != torch.int32 for x in lists):
             return None  # not an op with pages, or a call that is about to be refused
         counts, keys = given.get("counts"), given.get("k_pages")

@@ -26,8 +26,9 @@ class GpuOps:
             on_gpu = [_carry(x, carried) for _, x in given]
             out = op(*on_gpu[: len(args)], **dict(zip(kwargs, on_gpu[len(args) :])))
             for (i, x), y in zip(given, on_gpu):
-                if writes[i] and isinstance(x, Tensor):
-                    x.copy_(y)
+                if writes[i] and isinstance(x, (Tensor, list, tuple)):
+                    for mine, written in zip(x, y) if not isinstance(x, Tensor) else [(x, y)]:
+                        mine.copy_(written)
             if isinstance(out, tuple):
                 return tuple(x.cpu() for x in out)
             return None if out is None else out.cpu()
@@ -37,6 +38,8 @@ class GpuOps:
 
 def _carry(x, carried):
     """``x`` on the GPU, with its strides where they can be kept."""
+    if isinstance(x, (list, tuple)):
+        return [_carry(y, carried) for y in x]
     if not isinstance(x, Tensor):
         return x
     if id(x) not in carried:

@@ -7,7 +7,7 @@ plain-torch reference instead, on any device and with the same checks of the arg
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ __all__ = [
     "compact",
     "copy_pages",
     "decode_attention",
+    "evict",
     "gather_rows",
     "latent_attention",
     "overwrite",
@@ -52,6 +53,7 @@ OPS = (
     "compact",
     "copy_pages",
     "decode_attention",
+    "evict",
     "gather_rows",
     "latent_attention",
     "overwrite",
@@ -410,6 +412,34 @@ def choose_victims(
         return reference.choose_victims(scores, counts, positions, budgets, first, end)
     try:
         return _native.choose_victims(scores, counts, positions, budgets, first, end)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def evict(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    scores: Sequence[Tensor | None],
+    budgets: Sequence[Tensor],
+    first: Sequence[Tensor],
+    end: Sequence[Tensor],
+    bounds: Tensor | None = None,
+) -> None:
+    """Evict at most one entry per head of all layers, unseen by the host: :func:`kvcache.ops.reference.evict`.
+
+    Lists of one tensor per layer. On a GPU one launch for 40 layers, two where heads are few and long.
+    """
+    args = (k_pages, v_pages, table, counts, positions, columns, scores, budgets, first, end, bounds)
+    if _native is None:
+        validation.evict(*args)
+        reference.evict(*args)
+        return
+    try:
+        _native.evict(*args)
     except RuntimeError as error:
         _raise(error)
 

@@ -120,6 +120,7 @@ def register(namespace: str) -> None:
         "copy_pages": _nothing,
         "compact": _nothing,
         "overwrite": _nothing,
+        "evict": _nothing,
         "prefill_attention": _prefill_attention,
         "decode_attention": _decode_attention,
         "latent_attention": _latent_attention,

@@ -20,6 +20,8 @@ Slots at or beyond ``count`` hold garbage, also NaN: no op lets it through.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -612,6 +614,33 @@ def overwrite(
             for page, column in ((target, victim // page_size), (source, last // page_size)):
                 if last > column * page_size:
                     _widen(bounds[page], k_pages[page, : last - column * page_size], fresh=True)
+
+
+def evict(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    scores: Sequence[Tensor | None],
+    budgets: Sequence[Tensor],
+    first: Sequence[Tensor],
+    end: Sequence[Tensor],
+    bounds: Tensor | None = None,
+) -> None:
+    """Evict at most one entry of every head of all layers: :func:`choose_victims` and :func:`overwrite` of each layer.
+
+    One element per layer in every list, with that layer's H and M; R and N are those of all layers, and so are the
+    pages. ``scores`` lists [R, H, C] float32 or, where the oldest entry leaves, None; an empty list is None for all.
+    Strides of scores and budgets as for :func:`topk`. Scores may be views of the columns. The host learns nothing:
+    on a GPU counts say afterwards who lost an entry.
+    """
+    for layer in range(len(table)):
+        of_layer = scores[layer] if scores else None
+        held = (counts[layer], positions[layer])
+        victims = choose_victims(of_layer, *held, budgets[layer], first[layer], end[layer])
+        overwrite(k_pages, v_pages, table[layer], *held, columns[layer], victims, bounds)
 
 
 def active_rows(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,13 @@ TypeError, everything else a ValueError; nothing has been written when one is ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from kvcache.ops import reference
 
 MAX_HEAD_SIZE = 256
 MAX_LATENT, MAX_ROPE = 512, 128
@@ -646,6 +649,58 @@ def choose_victims(
     check.plain("first", first, torch.int32, per_head[:1])
     check.plain("end", end, torch.int32, per_head[:1])
     check.counts_in_range(counts, capacity)
+
+
+def evict(
+    k_pages: Tensor,
+    v_pages: Tensor,
+    table: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    scores: Sequence[Tensor | None],
+    budgets: Sequence[Tensor],
+    first: Sequence[Tensor],
+    end: Sequence[Tensor],
+    bounds: Tensor | None,
+) -> None:
+    check = _View("evict")
+    names = ("table", "counts", "positions", "columns", "scores", "budgets", "first", "end")
+    lists = (table, counts, positions, columns, scores, budgets, first, end)
+    for name, values in zip(names, lists):
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{check.op}: {name} is {type(values).__name__}, needs a list of tensors")
+    check.page_arrays(k_pages, v_pages)
+    if bounds is not None:
+        check.bounds(bounds, k_pages.dtype)
+    for name, values in zip(names, lists):
+        if len(values) != len(table) and not (name == "scores" and not values):
+            raise check.value_error(f"{name} lists {len(values)} layers, needs {len(table)} as table does")
+    for layer in range(len(table)):
+        check.op = f"evict: layer {layer}"
+        check.page_table("table", table[layer], k_pages.shape[1])
+        check.entries(counts[layer], positions[layer])
+        check.columns(columns[layer])
+        for name, size, got, want in (
+            ("table", "R", check.rows, table[0].shape[0]),
+            ("columns", "N", columns[layer].shape[0], columns[0].shape[0]),
+        ):
+            if got != want:
+                raise check.value_error(f"{name} has {size}={got}, needs {size}={want} as layer 0 has")
+        of_layer = scores[layer] if scores else None
+        if of_layer is not None:
+            check.strided("scores", of_layer, (torch.float32,), check.per_entry)
+        check.strided("budgets", budgets[layer], (torch.int32,), check.per_head)
+        check.plain("first", first[layer], torch.int32, check.per_row)
+        check.plain("end", end[layer], torch.int32, check.per_row)
+    for layer in range(len(table)):
+        check.op = f"evict: layer {layer}"
+        held = (counts[layer], positions[layer])
+        of_layer = scores[layer] if scores else None
+        victims = reference.choose_victims(of_layer, *held, budgets[layer], first[layer], end[layer])
+        none = victims < 0
+        for slot in (victims, counts[layer] - 1):
+            check.page_ids("table", table[layer], slot.masked_fill(none, 0), (slot + 1).masked_fill(none, 0))
 
 
 def page_bounds(k_pages: Tensor, table: Tensor, counts: Tensor, bounds: Tensor) -> None:
