@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from .attention import current_frame, no_grad
 from .cache_layers import is_stateful, make_layer
+from .decode_graph import DecodeGraphs
 from .engine import Engine
 from .layer_state import HANDLE, Layer
 from .layers import wrapped_state
@@ -105,12 +106,14 @@ class KVCache(Cache):
                 prefill=prefill,
             ),
             state.plan,
+            state.captures(model),
         )
 
-    def _adopt(self, engine: Engine, plan: LayerPlan) -> None:
+    def _adopt(self, engine: Engine, plan: LayerPlan, captures: bool) -> None:
         self.engine, self._plan = engine, plan
         self._model_dtype_size = 0
         self._broken = False
+        self.graphs = DecodeGraphs() if captures else None
         for layer in engine.layers:
             tier = plan.tiers[layer.index]
             layer.paged = tier != "own"
@@ -201,7 +204,8 @@ class KVCache(Cache):
         reserved = sum(s.reserved_bytes for s in self.engine.storages.values())
         stores = [x.store for x in self.engine.layers if x.store is not None]
         side = sum(t.nbytes for s in stores for t in (s.table, s.counts, s.positions, s.columns))
-        return Report(str(self.policy), rows, reserved_nbytes=reserved, side_nbytes=side)
+        decode = "eager" if self.graphs is None else str(self.graphs)
+        return Report(str(self.policy), rows, reserved_nbytes=reserved, side_nbytes=side, decode=decode)
 
     def __repr__(self) -> str:
         return f"KVCache(policy={self.policy}, seen_tokens={self.seen_tokens}, nbytes={self.nbytes})"
@@ -359,6 +363,8 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Forget everything and free all pages."""
         self.engine.reset()
+        if self.graphs is not None:
+            self.graphs = DecodeGraphs()
         self._renew_layers()
         self._broken = False
 
@@ -367,7 +373,7 @@ class KVCache(Cache):
     def fork(self) -> KVCache:
         """An independent cache with the same content; pages are shared until one side writes to them."""
         twin = KVCache.__new__(KVCache)
-        twin._adopt(self.engine.fork(), self._plan)
+        twin._adopt(self.engine.fork(), self._plan, self.graphs is not None)
         twin._model_dtype_size, twin._broken = self._model_dtype_size, self._broken
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.__dict__.update(copy.deepcopy(_own_state(mine)))

@@ -8,6 +8,7 @@ the layout of pages.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from .layer_state import FAR, Layer
 from .policies.base import Policy
 from .policy_state import copied, joined
 from .reading import Reading
-from .step import Repeats, Step
+from .step import Repeats, Step, StepInputs
 from .store import LayerStore, PageStorage, save_scores
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Engine(Reading, Evicting):
         self.seen = 0
         self.tokens = torch.zeros(0, dtype=torch.int32)
         self._tokens_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._inputs: dict[torch.device, StepInputs] = {}
         self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
         self.real: Tensor | None = None
         self.recording = False
@@ -180,6 +182,13 @@ class Engine(Reading, Evicting):
                 if layer.store is None or layer.index in step.routed:
                     return
                 running.append(layer)
+        for device in {x.store.counts.device for x in running if x.store is not None and x.store.mirrored}:
+            inputs = self._inputs.get(device)
+            if inputs is None or inputs.block.shape[1] != step.rows:
+                windows = tuple(sorted({x.window for x in self.layers if x.window is not None}))
+                inputs = self._inputs[device] = StepInputs(step.rows, windows, device)
+            inputs.load(step)
+            self._tokens_on[device] = (self.tokens, inputs.before)
         saved = save_scores([x.store for x in running if x.store is not None]) if self.policy.needs else None
         for i, layer in enumerate(running):
             assert layer.store is not None
@@ -195,6 +204,7 @@ class Engine(Reading, Evicting):
         if step.ready and layer.store is not None:
             layer.store.write(k, v, step.on(k.device, step.positions))
             layer.store.grew(step.added)
+            step.wrote.append(layer)
             return
         if step.repeats is not None:
             k, v = step.repeats.once(k), step.repeats.once(v)
@@ -242,23 +252,63 @@ class Engine(Reading, Evicting):
         """Close the forward: its tokens are now seen; fix budgets when a prompt ended; evict."""
         step = self.step
         assert step is not None
+        if step.rewind is None:
+            self.advance()
         self.step = None
-        self.seen += step.tokens
-        self.tokens, self.real = step.after, step.real
         self.unplanned |= step.prompt
         if not self.recording and self._prompt_left <= 0:
             self.prompt_length = None
-            self.settle()
+            self.settle(step)
         elif not self.recording and self.prefill == "chunked":
             self.compress(self._prompt_left)
         if step.repeats is not None:
             self.select_rows(step.repeats.inverse)
+
+    def advance(self, wrote: Sequence[Layer] = (), launched: bool = True) -> None:
+        """Count the tokens of the step that is under way as seen.
+
+        ``launched`` False: layers ``wrote`` will store them when a captured graph runs, and the host counts that, too.
+        """
+        step = self.step
+        assert step is not None
+        step.rewind = (self.seen, self.tokens, self.real)
+        self.seen += step.tokens
+        self.tokens, self.real = step.after, step.real
+        if not launched:
+            for layer in wrote:
+                assert layer.store is not None
+                layer.store.grew(step.added)
+        if step.ready:
+            for device, inputs in self._inputs.items():
+                self._tokens_on[device] = (self.tokens, inputs.after)
+
+    def account(self, step: Step) -> list[tuple[LayerStore, int, np.ndarray, int]]:
+        """What the host knows of the stores, to be put back by :meth:`restore`."""
+        stores = [x.store for x in self.layers if x.store is not None]
+        return [(s, s.max_count, s.counts_host, s.room) for s in stores]
+
+    def restore(self, step: Step, before: list[tuple[LayerStore, int, np.ndarray, int]]) -> None:
+        """Forget what the host noted of a forward that never ran: its capture failed."""
+        for store, max_count, counts, room in before:
+            store.max_count, store.counts_host, store.room = max_count, counts, room
+        step.wrote.clear()
+        self._rewind(step)
+
+    def _rewind(self, step: Step) -> None:
+        if step.rewind is not None:
+            self.seen, self.tokens, self.real = step.rewind
+            step.rewind = None
+
+    def inputs(self) -> list[Tensor]:
+        """The memory in which devices find what the host says of a step."""
+        return [x.block for x in self._inputs.values()]
 
     def abort(self) -> None:
         """Undo a forward that did not finish: its tokens leave the pages again."""
         step, self.step = self.step, None
         if step is None:
             return
+        self._rewind(step)
         if len(self.tokens) == 0:  # the first one: what comes next may have another number of rows
             told = self.recording, self.prompt_length
             self.reset()
@@ -417,6 +467,7 @@ class Engine(Reading, Evicting):
             layer.state, layer.pending = {}, []
             layer.counters.clear()
         self.storages = {}
+        self._inputs, self._tokens_on = {}, {}
         self.seen, self.step, self.real = 0, None, None
         self.tokens = self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
         self.prompt_length, self.unplanned, self.recording = None, False, False

@@ -41,12 +41,12 @@ class Evicting:
             known = self._tokens_on[device] = (self.tokens, self.tokens.to(device))
         return known[1]
 
-    def settle(self, evicted: list[Layer] | None = None) -> None:
+    def settle(self, step: Step | None = None) -> None:
         """Fix the budgets if a prompt ended, then bring every layer within them.
 
-        ``evicted``: layers whose heads have lost the one entry they were over by already (:meth:`evict_one`, in a
-        captured graph); only the host does not know it yet.
+        ``step``: the forward that this ends, if any. Where a captured graph has evicted already, only the host is told.
         """
+        evicted = None if step is None else step.evicted
         plan = self.unplanned
         if plan:
             self.unplanned = False
@@ -64,11 +64,11 @@ class Evicting:
             if over == 1 and (evicted is not None or (layer.surely_evicts and not store.shared)):
                 single.append(layer)
             elif over > 0:
-                self.evict(layer)
+                self.evict(layer, step)
         if single:
             over_by_one = [self._over(x) for x in single]
             if evicted is None:
-                self.evict_one(single)
+                self.evict_one(single, step)
             for layer, lost in zip(single, over_by_one):
                 assert layer.store is not None
                 layer.store.lost(lost)
@@ -108,21 +108,24 @@ class Evicting:
                 self.plan(layer)
                 self.evict(layer)
 
-    def evict_one(self, layers: list[Layer]) -> None:
+    def evict_one(self, layers: list[Layer], step: Step | None = None) -> None:
         """Take from every head that is over its budget the entry that its policy gives up first.
 
         Launches kernels and waits for nothing. The host must know that every such head has a candidate and shares no
         pages, and accounts for what leaves: :meth:`kvcache.store.LayerStore.lost`.
         """
-        ends: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        for layer in layers:
-            store = layer.store
-            assert store is not None
-            assert layer.budgets is not None
-            first, end = self._unprotected(layer, ends)
-            s, scores = store.storage, self._scores(layer)
-            victims = ops.choose_victims(scores, store.counts, store.positions, layer.budgets, first, end)
-            ops.overwrite(s.k_pages, s.v_pages, store.table, store.counts, store.positions, store.columns, victims)
+        known: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        for storage in self.storages.values():
+            some = [x for x in layers if x.store is not None and x.store.storage is storage]
+            if not some:
+                continue
+            stores = [x.store for x in some if x.store is not None]
+            ranges = [self._unprotected(x, known) for x in some]
+            ops.evict(
+                storage.k_pages, storage.v_pages, [s.table for s in stores], [s.counts for s in stores],
+                [s.positions for s in stores], [s.columns for s in stores], [self._scores(x, step) for x in some],
+                [x.budgets for x in some if x.budgets is not None], [r[0] for r in ranges], [r[1] for r in ranges],
+            )  # fmt: skip
 
     def _unprotected(
         self, layer: Layer, known: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] | None = None
@@ -140,25 +143,27 @@ class Evicting:
                 known[key] = found
         return found
 
-    def _scores(self, layer: Layer) -> Tensor | None:
+    def _scores(self, layer: Layer, step: Step | None) -> Tensor | None:
         """Retention scores [R, H, C] float32; None: the oldest entry leaves first."""
         store = layer.store
         assert store is not None
         scores = self.policy.score(layer.view()) if self.policy.retains else None
         if scores is not None and layer.window is not None:
             # What no later query can see must not hold a place in the budget.
-            column = self._window_limit(layer.window, store.counts.device)
+            column = self._window_limit(layer.window, store.counts.device, step)
             scores = torch.where(store.positions < column[:, None, None], float("-inf"), scores)
         return scores
 
-    def _window_limit(self, window: int, device: torch.device) -> Tensor:
-        """First position that the next query of each row may read, [R] int32."""
+    def _window_limit(self, window: int, device: torch.device, step: Step | None) -> Tensor:
+        """First position that the query after ``step`` may read in each row, [R] int32."""
+        if step is not None and step.ready:
+            return step.on(device, step.decode_start(window, ahead=1))
         column = max(self.seen + 1 - window, 0)
         if self.real is None:
             return torch.full_like(self.tokens_on(device), column)
         return self.real[:, :column].sum(1, dtype=torch.int32).to(device)
 
-    def evict(self, layer: Layer) -> None:
+    def evict(self, layer: Layer, step: Step | None = None) -> None:
         """Bring one layer within its budgets, however far it is over them."""
         store, budgets = layer.store, layer.budgets
         assert store is not None
@@ -168,7 +173,7 @@ class Evicting:
             return
         device = store.counts.device
         first, end = self._unprotected(layer)
-        scores = self._scores(layer)
+        scores = self._scores(layer, step)
         before = int(store.counts_host.sum())
         if over == 1:
             victims = ops.choose_victims(scores, store.counts, store.positions, budgets, first, end)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, set_frame
+from .decode_graph import GraphedForward
 from .parallel import TensorParallel
 from .rotation import Rotation
 from .tiers import LayerPlan
@@ -38,6 +39,7 @@ class WrappedState:
     original: str = ""
     parallel: TensorParallel | None = None
     prefill: str = "whole"
+    decode: str = "auto"
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     routed: list[nn.Module] = field(default_factory=list)
     watched: list[nn.Module] = field(default_factory=list)
@@ -92,6 +94,17 @@ class WrappedState:
         """Make the decoder layers follow a schedule once a policy has one."""
         if policy.schedules and not self.routed:
             self.routed = route_layers(model, len(self.windows))
+
+    def captures(self, model: PreTrainedModel) -> bool:
+        """Whether single tokens run by captured graphs where they can: on a GPU, unless told otherwise.
+
+        Asked with every cache, as a model may move after ``wrap``.
+        """
+        if self.decode == "eager" or model.device.type != "cuda" or self.plan.self_attending:
+            return False
+        if "forward" not in model.__dict__:
+            model.forward = GraphedForward(model)  # on the instance: the class stays as it is
+        return isinstance(model.forward, GraphedForward)
 
 
 def wrapped_state(model: nn.Module) -> WrappedState | None:

@@ -212,7 +212,8 @@ class Reading:
                 and x.store.counts.device == store.counts.device
             ]
             counts = torch.stack([x.store.counts for x in alike if x.store is not None])
-            most = max(x.store.max_count for x in alike if x.store is not None) + 1
+            # A bound that stays while the memory does, for captured graphs.
+            most = max(x.store.capacity for x in alike if x.store is not None)
             # Layers that have not appended yet gain one entry; for the others the plan is one too long: harmless.
             plans = ops.plan_decode(counts, added=1, most=most)
             step.plans.update((x.index, plans[i]) for i, x in enumerate(alike))

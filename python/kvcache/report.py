@@ -20,12 +20,14 @@ class Report:
     """Result of ``KVCache.report()``: one row per layer and the totals.
 
     ``reserved_nbytes``: pages taken from the allocator, held or free. ``side_nbytes``: tables, positions and scores.
+    ``decode``: how single tokens run on a GPU: by graphs, or without and why.
     """
 
     policy: str
     rows: list[dict[str, Any]]
     reserved_nbytes: int
     side_nbytes: int
+    decode: str = "eager"
 
     @property
     def nbytes(self) -> int:
@@ -54,4 +56,6 @@ class Report:
             f"total {human_bytes(self.nbytes)} of {human_bytes(self.full_nbytes)} dense{share}; "
             f"{human_bytes(self.reserved_nbytes)} reserved, {human_bytes(self.side_nbytes)} tables and side columns"
         )
+        if self.decode != "eager":
+            lines.append(f"decode {self.decode}")
         return "\n".join(lines)

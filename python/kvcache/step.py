@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .store import LayerStore
+
+if TYPE_CHECKING:
+    from .layer_state import Layer
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class Step:
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
     skipped: set[int] = field(default_factory=set)  # layers that no token runs
     ready: bool = False  # the host has settled all that this forward changes: its layers only launch kernels
+    wrote: list[Layer] = field(default_factory=list)  # of a ready step: the layers that have stored its tokens
+    rewind: tuple[int, Tensor, Tensor | None] | None = None  # what was seen before the engine counted this forward
+    evicted: list[Layer] | None = None  # layers that a captured graph has evicted from already
     angles: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)  # turn queries back to position 0
     plans: dict[int, Tensor] = field(default_factory=dict)  # layer -> how a GPU shares out its entries
     _starts: dict[int, Tensor] = field(default_factory=dict)
@@ -100,11 +107,16 @@ class Step:
             self._starts[key] = start.contiguous()
         return self._starts[key]
 
-    def decode_start(self, window: int) -> Tensor:
-        """First position that the one query of each row may read, [R] int32."""
-        if window not in self._decode_starts:
-            self._decode_starts[window] = self.window_start(window)[:, 0].contiguous()
-        return self._decode_starts[window]
+    def decode_start(self, window: int, ahead: int = 0) -> Tensor:
+        """First position that the one query of each row may read, [R] int32; ``ahead=1``: that of the next step."""
+        key = window * 2 + ahead
+        if key not in self._decode_starts:
+            self._decode_starts[key] = self.window_start(window, ahead)[:, 0].contiguous()
+        return self._decode_starts[key]
+
+    def place(self, x: Tensor, there: Tensor) -> None:
+        """``there`` is what :meth:`on` has to give for ``x``."""
+        self._copies[(id(x), there.device)] = (x, there)
 
     def column_of(self, positions: Tensor) -> Tensor:
         """Column of each position: int64 like ``positions`` [R, ...]."""
@@ -114,6 +126,28 @@ class Step:
         order = order.to(positions.device)
         flat = positions.reshape(positions.shape[0], -1).long().clamp(0, order.shape[1] - 1)
         return order.gather(1, flat).view(positions.shape)
+
+
+class StepInputs:
+    """Where a GPU finds what the host says about each step of one token: always the same memory, for captured graphs.
+
+    The number of real tokens of each row ``before`` and ``after`` the step, its ``positions`` and, for every window
+    size, the first position that its query and the next one may read; all int32, [R] or [R, 1].
+    """
+
+    def __init__(self, rows: int, windows: tuple[int, ...], device: torch.device) -> None:
+        self.windows = windows
+        self.block = torch.zeros(3 + 2 * len(windows), rows, dtype=torch.int32, device=device)
+        self.before, self.after, positions, *self.starts = self.block.unbind()
+        self.positions = positions[:, None]
+
+    def load(self, step: Step) -> None:
+        """Carry over what ``step`` brings, in one copy, and let it be found there."""
+        starts = [step.decode_start(w, ahead) for w in self.windows for ahead in (0, 1)]
+        self.block.copy_(torch.stack([step.before, step.after, step.positions[:, 0], *starts]))
+        step.place(step.positions, self.positions)
+        for start, there in zip(starts, self.starts):
+            step.place(start, there)
 
 
 @dataclass

@@ -466,6 +466,8 @@ class LayerStore:
 
     def gather(self, what: str, width: int | None = None) -> Tensor:
         """Dense copy of ``what`` ("keys" or "values") in slot order, [R, H, width, D]; dead slots are zero."""
+        if self.mirrored and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a layer wants its entries densely, whose number changes with every token")
         pages = self.storage.k_pages if what == "keys" else self.storage.v_pages
         return ops.reference.gather_pages(pages, self.table, self.counts, self.max_count if width is None else width)
 

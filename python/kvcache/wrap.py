@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from . import _C
 from .attention import NAME, cache_argument
 from .cache import KVCache, check_options, resolve_policy
+from .decode_graph import GraphedForward
 from .generate_batch import generate_batch
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
 from .mla import NAME as EXPANSION
@@ -51,7 +52,8 @@ def wrap(
         kv_dtype: dtype in which keys and values are stored: "auto" (the model's), "fp32", "bf16", "fp16" or the
             torch dtype. Arithmetic is float32 in any case.
         max_tokens: tokens, summed over the rows, that the pool may hold at once; None: as many as memory allows.
-        decode: "auto" or "eager": how single tokens run; both are eager on a CPU.
+        decode: how single tokens run on a GPU. "auto": a forward of one token per row is captured once as a CUDA graph
+            and replayed, where the model allows it (``cache.report()`` says); "eager": never. Without effect on a CPU.
         prefill: what ``generate(prefill_chunk_size=n)`` means. "whole": the policy decides when the prompt is complete,
             as without chunks. "chunked": it evicts after every chunk, with the budgets of the whole prompt, so that a
             head never holds more than its budget and n entries; what left early is not there for later chunks.
@@ -77,7 +79,9 @@ def wrap(
     if not previous and parallel is None:
         plan = with_absorbed(model, plan)
     resolved.check(len(plan.windows))
-    state = WrappedState(resolved, page_size, kv_dtype, max_tokens, plan, parallel=parallel, prefill=prefill)
+    state = WrappedState(
+        resolved, page_size, kv_dtype, max_tokens, plan, parallel=parallel, prefill=prefill, decode=decode
+    )
     state.check_policy(model, resolved)
     unwrap(model)
     if plan.self_attending:
@@ -120,6 +124,8 @@ def unwrap(model: ModelT) -> ModelT:
         module.__dict__.pop("forward", None)
     for name in ("_prepare_cache_for_generation", "generate_batch"):
         model.__dict__.pop(name, None)
+    if isinstance(model.__dict__.get("forward"), GraphedForward):
+        del model.forward
     for module in state.absorbed:
         module.__dict__.pop(EXPANSION, None)
     delattr(model, STATE)

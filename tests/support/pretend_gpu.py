@@ -73,6 +73,73 @@ class _Tensors(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# What needs to know the contents of a tensor on the host, and so cannot be captured.
+_SYNCHRONISING = {
+    "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default", "aten.equal.default",
+    "aten._unique2.default", "aten.unique_dim.default", "aten.unique_consecutive.default",
+    "aten.repeat_interleave.Tensor",
+}  # fmt: skip
+
+
+class PretendGraph:
+    """torch.cuda.CUDAGraph: the ops of a capture with their memory, run again at every replay."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []
+        self.before: list[tuple[Tensor, Tensor]] = []
+
+    def record(self, func, args, kwargs):
+        schema = func._schema
+        run = _native(func) if func.namespace == "kvcache" else func
+        written = []
+        for i, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[i] if i < len(args) else kwargs.get(argument.name)
+                written += [x for x in tree_flatten(value)[0] if isinstance(x, Tensor)]
+        self.before += [(x, x.clone()) for x in written]
+        out = run(*args, **kwargs)
+        if written or not any(r.alias_info is not None for r in schema.returns):  # a view stays one
+            self.calls.append((run, args, kwargs, None if written and func.namespace == "aten" else out))
+        return out
+
+    def undo(self) -> None:
+        """Capturing runs nothing."""
+        for tensor, before in reversed(self.before):
+            tensor.copy_(before)
+        self.before.clear()
+
+    def replay(self) -> None:
+        for run, args, kwargs, out in self.calls:
+            again = run(*args, **kwargs)
+            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0]):
+                if isinstance(old, Tensor):
+                    old.copy_(new)
+
+
+_capture: PretendGraph | None = None
+
+
+@contextlib.contextmanager
+def _capturing(graph: PretendGraph, pool=None, capture_error_mode="global"):
+    global _capture
+    _capture = graph
+    try:
+        yield
+    finally:
+        _capture = None
+        graph.undo()
+
+
+def _refuse_in_capture(func, tensors, on_gpu, gpu_asked) -> None:
+    """What CUDA refuses while a stream is capturing: anything that waits for the device, copies of pageable memory."""
+    waits = any(on_gpu) and str(func) in _SYNCHRONISING
+    if any(on_gpu) and str(func) == "aten.index.Tensor":
+        waits |= any(x.dtype == torch.bool for x in tensors[1:])
+    crosses = any(x.dim() > 0 and not gpu for x, gpu in zip(tensors, on_gpu)) and (any(on_gpu) or gpu_asked)
+    if waits or crosses:
+        raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
+
+
 def _run(func, args, kwargs):
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     on_gpu = [isinstance(x, PretendTensor) for x in tensors]
@@ -89,12 +156,19 @@ def _run(func, args, kwargs):
                 f"{func}: Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
                 f"cpu! ({strangers[0].shape})"
             )
-    if func.namespace == "kvcache":
-        func = _native(func)
     inputs = _unwrapped(args)
     if str(func) == "aten.histc.default":  # of integers on a GPU only
         inputs = (inputs[0].float(), *inputs[1:])
-    out = func(*inputs, **_unwrapped(plain))
+    if _capture is not None:
+        to_host = asked is not None and not gpu_asked and any(on_gpu)
+        _refuse_in_capture(func, tensors, on_gpu, gpu_asked)
+        if to_host:
+            raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
+        out = _capture.record(func, inputs, _unwrapped(plain))
+    elif func.namespace == "kvcache":
+        out = _native(func)(*inputs, **_unwrapped(plain))
+    else:
+        out = func(*inputs, **_unwrapped(plain))
     if str(func) == "aten._local_scalar_dense.default":
         return out
     to_gpu = gpu_asked if asked is not None else on_gpu[0] if str(func) in _MIXED else any(on_gpu)
@@ -129,6 +203,10 @@ def pretend_gpu(emulated: bool = False) -> Iterator[torch.device]:
         # torch asks CUDA to start before it looks for a mode that handles the call.
         with (
             mock.patch.object(torch.cuda, "_lazy_init", return_value=None),
+            mock.patch.object(torch.cuda, "CUDAGraph", PretendGraph),
+            mock.patch.object(torch.cuda, "graph", _capturing),
+            mock.patch.object(torch.cuda, "graph_pool_handle", return_value=None),
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: _capture is not None),
             mock.patch.object(kvcache._C, "cuda_info", return_value={**info(), "compiled": True}),
             _Tensors(),
             _Factories(),
