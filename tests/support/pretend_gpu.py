@@ -119,6 +119,10 @@ class PretendGraph:
 _capture: PretendGraph | None = None
 
 
+def _is_capturing() -> bool:
+    return _capture is not None
+
+
 @contextlib.contextmanager
 def _capturing(graph: PretendGraph, pool=None, capture_error_mode="global"):
     global _capture
@@ -206,7 +210,7 @@ def pretend_gpu(emulated: bool = False) -> Iterator[torch.device]:
             mock.patch.object(torch.cuda, "CUDAGraph", PretendGraph),
             mock.patch.object(torch.cuda, "graph", _capturing),
             mock.patch.object(torch.cuda, "graph_pool_handle", return_value=None),
-            mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: _capture is not None),
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", _is_capturing),
             mock.patch.object(kvcache._C, "cuda_info", return_value={**info(), "compiled": True}),
             _Tensors(),
             _Factories(),
