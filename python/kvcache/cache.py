@@ -138,6 +138,10 @@ class KVCache(Cache):
             return torch.zeros(0, dtype=torch.long)
         return store.positions[row, kv_head, : int(store.counts_host[row, kv_head])].long().sort().values.cpu()
 
+    def tier(self, layer: int) -> str | None:
+        """How ``layer`` gets at its entries: see ``tiers.py``."""
+        return self._plan.tiers.get(layer)
+
     def _layer(self, index: int) -> Layer:
         if not -len(self.layers) <= index < len(self.layers):
             raise IndexError(f"layer {index} does not exist: the cache has {len(self.layers)} layers")
@@ -223,14 +227,18 @@ class KVCache(Cache):
             key_states, value_states = (x if x.stride(-1) == 1 else x.contiguous() for x in (key_states, value_states))
             if frame is None or frame.cache is not self or step is None:
                 return self._update_alone(layer, key_states, value_states)
-            self.engine.append(layer, key_states, value_states, step)
+            part = step.part  # the layer runs on these rows alone: the others store nothing
+            if part is None:
+                self.engine.append(layer, key_states, value_states, step)
+            else:
+                self.engine.append(layer, part.spread(key_states), part.spread(value_states), step)
             tier = self._plan.tiers[layer_idx]
             absorbed = layer_idx in self._plan.absorbed  # the entries may not have to be expanded
             if tier in ("pre-hook", "materialised") and not absorbed:
                 layer.new = None
                 k, v = dense_columns(layer, step) if tier == "pre-hook" else self.engine.dense_slots(layer)
                 return k.to(key_states.dtype), v.to(value_states.dtype)
-        layer.new = None if absorbed else (key_states, value_states)
+        layer.new = None if absorbed or part is not None else (key_states, value_states)
         k, v = key_states.view_as(key_states), value_states.view_as(value_states)
         setattr(k, HANDLE, layer)
         setattr(v, HANDLE, layer)
