@@ -77,8 +77,13 @@ class DecodeGraphs:
             return forward(**kwargs)
         try:
             inputs, constants = split_inputs(kwargs)
-            if not places_given(model, kwargs) or not cache.engine.evictable_in_advance(self._step(cache)):
-                return forward(**kwargs)  # this time: the end of a prompt, shared pages
+            phases = phases_of(cache)
+            if (
+                not places_given(model, kwargs)
+                or None in phases
+                or not cache.engine.evictable_in_advance(self._step(cache))
+            ):
+                return forward(**kwargs)  # this time: the end of a prompt, shared pages, a first selection
             memory = memory_of(cache)
             addresses = tuple(map(id, memory))
             if addresses != self._memory:  # something grew: the graphs of before would only hold on to its old memory
@@ -89,6 +94,7 @@ class DecodeGraphs:
                 constants,
                 frozenset(self._step(cache).skipped),
                 addresses,
+                phases,
                 weights_of(model),
             )
             found = self.captured.get(key)
@@ -190,16 +196,26 @@ def places_given(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     return all(kwargs.get(name) is not None for name in ("position_ids", "cache_position") if name in parameters)
 
 
+def phases_of(cache: KVCache) -> tuple:
+    """What a selecting policy goes by on the host, in the layers that it selects from; None where it may change."""
+    if not cache.policy.selects:
+        return ()
+    layers = [x for x in cache.engine.layers if x.window is None and x.store is not None]
+    return tuple(cache.policy.phase(x.view()) for x in layers)
+
+
 def memory_of(cache: KVCache) -> tuple[Tensor, ...]:
     """Every tensor of the cache that a forward reads or writes in place."""
     found: list[Tensor] = []
     for storage in cache.engine.storages.values():
         found += (storage.k_pages, storage.v_pages)
+        if storage.bounds is not None:
+            found.append(storage.bounds)
     for layer in cache.engine.layers:
         if layer.store is not None:
             store = layer.store
             found += (store.table, store.counts, store.positions, store.columns)
-            found += [x for x in (layer.budgets, layer.recent) if x is not None]
+            found += [x for x in (layer.budgets, layer.recent, layer.events) if x is not None]
             found += [x for x in layer.state.values() if isinstance(x, Tensor)]
     found += cache.engine.inputs()
     return tuple(found)

@@ -22,7 +22,7 @@ from .policies.base import Policy
 from .policy_state import copied, joined
 from .reading import Reading
 from .step import Repeats, Step, StepInputs
-from .store import LayerStore, PageStorage, save_scores
+from .store import LayerStore, PageStorage
 
 if TYPE_CHECKING:
     from .parallel import TensorParallel
@@ -189,13 +189,31 @@ class Engine(Reading, Evicting):
                 inputs = self._inputs[device] = StepInputs(step.rows, windows, device)
             inputs.load(step)
             self._tokens_on[device] = (self.tokens, inputs.before)
-        saved = save_scores([x.store for x in running if x.store is not None]) if self.policy.needs else None
-        for i, layer in enumerate(running):
+        for layer in running:
             assert layer.store is not None
             layer.store.extend(step.added)
             layer.was_empty = False
-            layer.undo = (step, dict(layer.state), len(layer.pending), saved[i] if saved else None)
+        self._save(running, step)
         step.ready = True
+
+    def _save(self, layers: list[Layer], step: Step) -> None:
+        """Note what :meth:`abort` would need, in memory that is kept from step to step."""
+        sources: list[Tensor] = []
+        copies: list[Tensor] = []
+        for layer in layers:
+            now = {k: v for k, v in layer.state.items() if isinstance(v, Tensor)}
+            if self.policy.needs and layer.store is not None:
+                now["scores"] = layer.store.columns[0]
+            for name, tensor in now.items():
+                copy = layer.saved.get(name)
+                if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                    copy = layer.saved[name] = torch.empty_like(tensor)
+                sources.append(tensor)
+                copies.append(copy)
+            saved = [(tensor, layer.saved[name]) for name, tensor in now.items()]
+            layer.undo = (step, dict(layer.state), len(layer.pending), saved)
+        if sources:
+            torch._foreach_copy_(copies, sources)
 
     # -- append -----------------------------------------------------------------------------------------------------
 
@@ -214,8 +232,7 @@ class Engine(Reading, Evicting):
         store = layer.store
         assert store is not None
         layer.was_empty = store.max_count == 0
-        scores = store.columns[0].clone() if self.policy.needs else None
-        layer.undo = (step, dict(layer.state), len(layer.pending), scores)
+        self._save([layer], step)
         everyone = step.on(k.device, step.positions)
         active = step.routed.get(layer.index)
         positions = everyone if active is None else torch.where(step.on(k.device, active), everyone, -1)
@@ -239,7 +256,9 @@ class Engine(Reading, Evicting):
         key = (k.shape[-1], v.shape[-1], dtype, k.device)
         storage = self.storages.get(key)
         if storage is None:
-            storage = self.storages[key] = PageStorage(self.page_size, k.shape[-1], v.shape[-1], dtype, k.device)
+            storage = self.storages[key] = PageStorage(
+                self.page_size, k.shape[-1], v.shape[-1], dtype, k.device, self.policy.page_bounds
+            )
         layer.store = LayerStore(storage, k.shape[0], k.shape[1], self.policy.columns)
         if self.max_tokens is not None:
             # One partly filled page per row on top of what the tokens themselves fill.
@@ -317,10 +336,11 @@ class Engine(Reading, Evicting):
         for layer in self.layers:
             if layer.store is None or layer.undo is None or layer.undo[0] is not step:
                 continue
-            _, layer.state, pending, scores = layer.undo
+            _, layer.state, pending, saved = layer.undo
+            layer.undo = None
             del layer.pending[pending:]
-            if scores is not None:
-                layer.store.columns[0][..., : scores.shape[-1]] = scores
+            for tensor, before in saved:
+                tensor.copy_(before)
             layer.store.crop(step.before.to(layer.store.counts.device))
 
     # -- changes between forwards -----------------------------------------------------------------------------------
@@ -464,7 +484,7 @@ class Engine(Reading, Evicting):
                 layer.store.release()
             layer.store = layer.budgets = layer.recent = layer.new = None
             layer.smallest_budget, layer.budgets_host = FAR, np.zeros((0, 0), np.int32)
-            layer.state, layer.pending = {}, []
+            layer.state, layer.pending, layer.undo, layer.saved = {}, [], None, {}
             layer.counters.clear()
         self.storages = {}
         self._inputs, self._tokens_on = {}, {}

@@ -125,6 +125,7 @@ class Evicting:
                 storage.k_pages, storage.v_pages, [s.table for s in stores], [s.counts for s in stores],
                 [s.positions for s in stores], [s.columns for s in stores], [self._scores(x, step) for x in some],
                 [x.budgets for x in some if x.budgets is not None], [r[0] for r in ranges], [r[1] for r in ranges],
+                storage.bounds,
             )  # fmt: skip
 
     def _unprotected(

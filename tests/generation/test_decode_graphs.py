@@ -1,4 +1,4 @@
-"""One CUDA graph per decode step, replayed inside unmodified generate(): right while lengths, pages and evictions change.
+"""One CUDA graph per decode step, replayed inside unmodified generate(): right while lengths, pages and budgets change.
 
 Without a GPU, captures are those of support/pretend_gpu.py: a capture records the ops and runs nothing, a replay runs
 them on the same memory, and whatever CUDA refuses while capturing is refused.

@@ -6,7 +6,7 @@ in the layer's side columns or in ``layer.state``. It never touches pages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -118,6 +118,19 @@ class Policy:
     def query_place(self) -> int:
         """Position by which queries are rotated when they vote under compact positions."""
         return 0
+
+    def phase(self, layer: LayerView) -> Hashable:
+        """What :meth:`select` goes by on the host in a step of one query per row, without asking a device.
+
+        While the phase of every layer stays the same, a captured step may be replayed: the kernels of ``select`` read
+        all else from memory that stays where it is. None: no step may be captured.
+        """
+        return None
+
+    @property
+    def page_bounds(self) -> bool:
+        """Whether the selection needs the smallest and largest key of every page, kept beside the pages."""
+        return False
 
     # -- schedule: which layers run ---------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -76,6 +76,13 @@ class _Composite(Policy):
     @property
     def query_place(self) -> int:
         return self._by_axis["selects"].query_place if self.selects else 0
+
+    def phase(self, layer: LayerView) -> Hashable:
+        return self._by_axis["selects"].phase(layer)
+
+    @property
+    def page_bounds(self) -> bool:
+        return self.selects and self._by_axis["selects"].page_bounds
 
     def layers(self, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
         return self._by_axis["schedules"].layers(num_layers, positions, prompt)
