@@ -17,7 +17,7 @@ import kvcache
 
 ROWS = [prompt(n, seed=20 + n)[0] for n in (30, 19, 25)]
 #: Policies whose steps need no word from the device.
-CAPTURED = ("full", "streamingllm", "h2o", "random", "skipdecode")
+CAPTURED = ("full", "streamingllm", "h2o", "random", "skipdecode", "tokenselect", "skipdecode|tokenselect")
 
 
 @pytest.fixture(params=[pytest.param("pretended", marks=pytest.mark.cpu), pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -91,6 +91,19 @@ def test_one_graph_per_set_of_layers(gpu):
     here, there = both(gpu, policy, prompt(30), new=40, changes=changes)
     assert torch.equal(here.sequences, host(there.sequences))
     assert there.past_key_values.graphs.replays > 20
+
+
+def test_a_selection_that_begins_while_decoding(gpu):
+    """The host stops reading everything: the graph of before would go on with it."""
+    policy = POLICIES["tokenselect"]
+    here, there = both(gpu, policy, prompt(policy.sinks + policy.k + policy.local - 8, rows=2), new=40)
+    assert torch.equal(here.sequences, host(there.sequences))
+    graphs = there.past_key_values.graphs
+    assert graphs.captures >= 2
+    assert graphs.replays > 20
+    counters = here.past_key_values.engine.layers[0].counters
+    assert counters["selections"] > 0
+    assert counters == there.past_key_values.engine.layers[0].counters
 
 
 def test_a_kept_cache_goes_on(gpu):
