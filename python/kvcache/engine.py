@@ -174,7 +174,7 @@ class Engine(Reading, Evicting):
         """
         if step.tokens != 1 or step.repeats is not None or step.padded:
             return
-        if self.recording or self.compact or self.policy.columns:
+        if self.recording or self.compact:
             return
         running = []
         for layer in self.layers:
@@ -220,7 +220,7 @@ class Engine(Reading, Evicting):
     def append(self, layer: Layer, k: Tensor, v: Tensor, step: Step) -> None:
         """Store the new tokens' k [R, H, T, Dk] and v [R, H, T, Dv] in ``layer``."""
         if step.ready and layer.store is not None:
-            layer.store.write(k, v, step.on(k.device, step.positions))
+            layer.store.write(k, v, step.on(k.device, step.positions), self._new_columns(layer, k, v))
             layer.store.grew(step.added)
             step.wrote.append(layer)
             return
@@ -239,17 +239,21 @@ class Engine(Reading, Evicting):
         if self.compact:
             assert self.rotation is not None
             k = self.rotation.unrotate(k, everyone)
-        new_columns = None
-        if self.policy.columns:
-            values = self.policy.append_columns(layer.view(), k, v)
-            zero = k.new_zeros(k.shape[:3], dtype=torch.float32)
-            new_columns = torch.stack([zero, *(values[name].float() for name in self.policy.columns)])
+        new_columns = self._new_columns(layer, k, v)
         spare = None
         if fresh:
             # The first layer's growth makes room for the others too, so that the pool is not copied once per layer.
             spare = store.pages_needed(step.added) * sum(x.paged for x in self.layers[layer.index :])
             spare += spare // 8
         store.append(k, v, positions, self._added(step, layer), new_columns, spare)
+
+    def _new_columns(self, layer: Layer, k: Tensor, v: Tensor) -> Tensor | None:
+        """Side columns of new tokens, [N, R, H, T] float32: no score yet, and what the policy notes."""
+        if not self.policy.columns:
+            return None
+        values = self.policy.append_columns(layer.view(), k, v)
+        zero = k.new_zeros(k.shape[:3], dtype=torch.float32)
+        return torch.stack([zero, *(values[name].float() for name in self.policy.columns)])
 
     def _open(self, layer: Layer, k: Tensor, v: Tensor) -> None:
         dtype = self.kv_dtype or k.dtype
