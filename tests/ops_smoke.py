@@ -58,13 +58,13 @@ def run_every_op():
         kept = reference.topk(*ranked, capacity)
         check("topk", ops.topk(*ranked, capacity), kept)
         check("choose_victims", ops.choose_victims(*ranked), reference.choose_victims(*ranked))
+        twin.k_pages.copy_(case.k_pages)
+        twin.v_pages.copy_(case.v_pages)
         # Two layers, of which the second gives nothing up: once by score, once the oldest.
         for scores in ([case.columns[0].clone(), None], []):
             lists = [[[x, x.clone()] for x in storage.args[2:]] for storage in (case, twin)]
             limits = ([case.counts - 1, case.counts + 9], [first, first], [end, end])
             both("evict", scores, *limits, mine=(*case.args[:2], *lists[0]), theirs=(*twin.args[:2], *lists[1]))
-        twin.k_pages.copy_(case.k_pages)
-        twin.v_pages.copy_(case.v_pages)
         both("overwrite", ints([[0, -1], [1, 2]]), mine=case.args, theirs=twin.args)
         few = (kept[0][..., :3].contiguous(), kept[1].clamp(max=2))
         for storage, compact in ((case, ops.compact), (twin, reference.compact)):

@@ -8,7 +8,7 @@
 #include "../core/divide.h"
 #include "../core/params.h"
 #include "device.cuh"
-#include "types.cuh"
+#include "typed_memory.cuh"
 
 namespace kvcache::cuda {
 
@@ -92,9 +92,7 @@ __device__ __forceinline__ float finish_logit(const DecodeLaunch& d, int row, in
 }
 
 __device__ __forceinline__ void store_out(const AttentionParams& p, int64_t at, float value) {
-  if (p.q.dtype == DType::kFloat32) static_cast<float*>(p.out)[at] = value;
-  else if (p.q.dtype == DType::kBFloat16) static_cast<bf16*>(p.out)[at] = from_float<bf16>(value);
-  else static_cast<f16*>(p.out)[at] = from_float<f16>(value);
+  store_as(p.out, p.q.dtype, at, value);
 }
 
 // The plain division: only where an item begins.

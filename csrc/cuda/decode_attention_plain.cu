@@ -99,13 +99,7 @@ class PlainCore {
     for (int i = threadIdx.x; i < at.heads * dim; i += blockDim.x) {
       const int h = i / dim, c = i - h * dim;
       const int64_t from = first + h * d.p.q.stride[1] + c;
-      float value = 0.0f;
-      if (c < d.p.view.k_dim) {
-        if (d.p.q.dtype == DType::kFloat32) value = static_cast<const float*>(d.p.q.data)[from];
-        else if (d.p.q.dtype == DType::kBFloat16) value = to_float(static_cast<const bf16*>(d.p.q.data)[from]);
-        else value = to_float(static_cast<const f16*>(d.p.q.data)[from]);
-      }
-      work_[i] = value;
+      work_[i] = c < d.p.view.k_dim ? load_as_float(d.p.q.data, d.p.q.dtype, from) : 0.0f;
     }
   }
 

@@ -72,13 +72,7 @@ class MmaCore {
       uint4 values = make_uint4(0, 0, 0, 0);
       if (h < at.heads) {
         const T* from = q + h * d.p.q.stride[1] + c * 8;
-        if (d.aligned_q) {
-          values = *reinterpret_cast<const uint4*>(from);
-        } else {
-          uint32_t words[4];
-          for (int j = 0; j < 4; ++j) words[j] = from[2 * j].bits | uint32_t(from[2 * j + 1].bits) << 16;
-          values = make_uint4(words[0], words[1], words[2], words[3]);
-        }
+        values = load_eight(from, d.aligned_q);
       }
       *reinterpret_cast<uint4*>(work_ + h * k_stride() + c * 16) = values;
     }

@@ -61,13 +61,7 @@ class LatentMmaCore {
         const LatentQuery query(l, at, h);
         const T* from = c < of_latent ? static_cast<const T*>(d.p.q.data) + query.latent + c * 8
                                       : static_cast<const T*>(l.q_rope.data) + query.rope + (c - of_latent) * 8;
-        if (d.aligned_q) {
-          values = *reinterpret_cast<const uint4*>(from);
-        } else {
-          uint32_t words[4];
-          for (int j = 0; j < 4; ++j) words[j] = from[2 * j].bits | uint32_t(from[2 * j + 1].bits) << 16;
-          values = make_uint4(words[0], words[1], words[2], words[3]);
-        }
+        values = load_eight(from, d.aligned_q);
       }
       *reinterpret_cast<uint4*>(work_ + h * stride_ + c * 16) = values;
     }

@@ -64,9 +64,7 @@ class LatentPlainCore {
       const LatentQuery query(l, at, h);
       const void* data = c < l.latent ? d.p.q.data : l.q_rope.data;
       const int64_t from = c < l.latent ? query.latent + c : query.rope + c - l.latent;
-      if (d.p.q.dtype == DType::kFloat32) queries_[i] = static_cast<const float*>(data)[from];
-      else if (d.p.q.dtype == DType::kBFloat16) queries_[i] = to_float(static_cast<const bf16*>(data)[from]);
-      else queries_[i] = to_float(static_cast<const f16*>(data)[from]);
+      queries_[i] = load_as_float(data, d.p.q.dtype, from);
     }
   }
 

@@ -68,11 +68,9 @@ __global__ void __launch_bounds__(C::kThreads)
   const int copied = warp * C::kCopied + lane;
   int tile = -1, slot = -1, position = kNowhere;
   int64_t line = -1;
-  Bounds bounds{};
   auto look_up = [&] {
     tile = scan.pull(entries, facts.reach);
     if (tile < 0) return;
-    bounds = scan.of(tile);
     slot = lane < C::kCopied ? entries.slot(tile * C::kKeys + copied) : -1;
     position = entries.position(slot);
     line = slot < 0 ? -1 : entries.line(slot);
@@ -83,7 +81,7 @@ __global__ void __launch_bounds__(C::kThreads)
         memory.slot[stage * C::kKeys + copied] = slot;
         memory.position[stage * C::kKeys + copied] = position;
       }
-      if (threadIdx.x == 0) memory.tile[stage] = bounds;
+      if (threadIdx.x == 0) memory.tile[stage] = scan.of(tile);
       const int first = warp * C::kCopied;
       copy_rows<T, C::kCopied>(static_cast<const T*>(p.view.k_pages), k_dim, k_dim, line < 0 ? -1 : line * k_dim,
                                memory.keys(stage), first, memory.k_width);
@@ -107,7 +105,7 @@ __global__ void __launch_bounds__(C::kThreads)
   // One loop for the filling of the ring (step < 0) too: the code of a look-up and a copy is long. Where there is room for a
   // single tile, it is copied in the step that needs it.
   const int ahead = tiles.stages - 1;  // tiles that are under way while one is worked on
-  int under_way = 0, stage = 0, next_stage = 0;
+  int under_way = 0, stage = 0;
   for (int step = -1 - ahead;; ++step) {
     if (step >= 0) {
       if (under_way == 0 && tile < 0) break;
@@ -115,10 +113,10 @@ __global__ void __launch_bounds__(C::kThreads)
       else if (ahead == 1) cp_async_wait<0>();
       __syncthreads();  // this step's tile is there for all, and the one before is done with
     }
-    if (step >= -ahead) copy(next_stage);
-    if (tile >= 0 && step >= -ahead) {
-      ++under_way;
-      next_stage = next_stage + 1 == tiles.stages ? 0 : next_stage + 1;
+    if (step >= -ahead) {
+      const int next = stage + under_way;
+      copy(next < tiles.stages ? next : next - tiles.stages);
+      if (tile >= 0) ++under_way;
     }
     if (tile >= 0 || step < -ahead) look_up();
     if (step < 0) continue;

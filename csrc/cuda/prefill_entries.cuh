@@ -4,7 +4,7 @@
 #pragma once
 #include "../core/params.h"
 #include "device.cuh"
-#include "types.cuh"
+#include "typed_memory.cuh"
 
 namespace kvcache::cuda {
 
@@ -15,17 +15,6 @@ constexpr float kFloor = -1e38f;         // lowest reference that weights are ta
 constexpr int32_t kNowhere = INT32_MAX;  // position of a place without an entry; above what any query sees
 
 __device__ __forceinline__ int warp_min(int x) { return ~warp_max(~x); }
-
-__device__ __forceinline__ float load_as_float(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
-  return dtype == DType::kBFloat16 ? to_float(static_cast<const bf16*>(data)[i])
-                                   : to_float(static_cast<const f16*>(data)[i]);
-}
-__device__ __forceinline__ void store_as(void* data, DType dtype, int64_t i, float x) {
-  if (dtype == DType::kFloat32) static_cast<float*>(data)[i] = x;
-  else if (dtype == DType::kBFloat16) static_cast<bf16*>(data)[i] = from_float<bf16>(x);
-  else static_cast<f16*>(data)[i] = from_float<f16>(x);
-}
 
 // The head of an argument [rows, 1 | heads | query_heads, ...] that a query head reads.
 __device__ __forceinline__ int shared_head(int argument_heads, const AttentionParams& p, int head, int query_head) {
