@@ -33,7 +33,8 @@ void register_ops() {
   abi::load();
   abi::Library definitions, cpu = implementations("CPU"), cuda = implementations(kCudaKey);
   abi::succeed(abi::aoti_torch_library_init_def(kNamespace, "kvcache", __LINE__, &definitions), "library");
-  for (const Op* ops : {kStorageOps, kSelectionOps, kEvictionOps, kAttentionOps, kLatentOps, kRoutingOps}) {
+  for (const Op* ops :
+       {kStorageOps, kSelectionOps, kSelectTokensOps, kEvictionOps, kAttentionOps, kLatentOps, kRoutingOps}) {
     for (const Op* op = ops; op->name; ++op) {
       abi::succeed(abi::aoti_torch_library_def(definitions, op->schema), op->schema);
       if (op->cpu) abi::succeed(abi::torch_library_impl(cpu, op->name, op->cpu, abi::kCallingConvention), op->name);

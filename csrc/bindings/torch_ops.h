@@ -30,7 +30,8 @@ struct Op {
 #define KVCACHE_OP(function) abi::Box<bindings::function<bindings::Backend::kCpu>>::call, nullptr
 #endif
 // What each file contributes, ended by an entry without a name.
-extern const Op kStorageOps[], kSelectionOps[], kEvictionOps[], kAttentionOps[], kLatentOps[], kRoutingOps[];
+extern const Op kStorageOps[], kSelectionOps[], kSelectTokensOps[], kEvictionOps[], kAttentionOps[], kLatentOps[],
+    kRoutingOps[];
 
 namespace bindings {
 

@@ -123,7 +123,8 @@ struct SelectionParams {
   // [rows, per_head ? heads : 1, width], width = page_counts ? page_width * page_size : capacity. On the CPU filled with -inf
   // by the caller.
   float* scores;
-  float* scratch;  // CPU: [rows, query_heads, width] logits; GPU: see cuda/kernels.h
+  float* scratch;         // CPU: [rows, query_heads, width] logits; GPU: see cuda/kernels.h
+  const int32_t* active;  // GPU: [rows] or null; rows of 0 are left alone
 };
 
 // First stage: an upper bound of the logits of every page, from the bounds of its keys (Quest).
@@ -135,8 +136,9 @@ struct PageScoresParams {
   int32_t query_heads;
   float scale;
   bool soft, per_head;
-  float* scores;   // [rows, per_head ? heads : 1, table_width]
-  float* scratch;  // CPU: [rows, query_heads, table_width] logits; GPU: see cuda/kernels.h
+  float* scores;          // [rows, per_head ? heads : 1, table_width]
+  float* scratch;         // CPU: [rows, query_heads, table_width] logits; GPU: see cuda/kernels.h
+  const int32_t* active;  // GPU: [rows] or null; rows of 0 are left alone
 };
 
 struct SimilarityParams {
@@ -177,6 +179,29 @@ struct TopKParams {
   int64_t width;
   int32_t* index;         // [rows, heads, width]
   int32_t* index_counts;  // [rows, heads]; a head that needs more than width reports the number it needs
+  const int32_t* active;  // GPU: [rows] or null; rows of 0 are left alone
+};
+
+// A decode step of TokenSelect: rows whose query is no longer like the one that made their list choose anew, the others go
+// on with it (core/selection_cache.h).
+struct SelectTokensParams {
+  PagedView view;              // all heads of a row hold the same entries
+  Strided4 q;                  // [rows, query_heads, 1, k_dim]
+  const int32_t* q_positions;  // [rows]; -1: no query
+  const float *cos, *sin;  // [rows, half]: what takes the rotation off the first 2 * half channels; null: nothing to do
+  const void* bounds;      // [pages, 2, k_dim] in the pages' dtype or null: select from all pages
+  void* query;             // [rows, query_heads, k_dim] in q's dtype: those that made the lists, without rotation
+  int32_t* index;          // [rows, width] slots
+  int32_t *index_counts, *until, *at;  // [rows]; see SelectionRow
+  int32_t* events;                     // [2] selections, reuses
+  int64_t width, shortlist;            // shortlist: pages that may be looked at, with bounds
+  int32_t query_heads, half, sinks, k, local;
+  float reuse, scale;
+  bool soft;
+  // What the first pass leaves to the others: on the CPU from the caller, on a GPU within the scratch memory.
+  void* plain;           // CPU: [rows, query_heads, k_dim] q without its rotation, in its dtype; null where cos is null
+  int32_t* active;       // [rows] 1: chooses anew
+  int32_t *first, *end;  // [rows] the candidates' positions
 };
 
 struct VictimParams {

@@ -25,6 +25,7 @@
 #include "selection_scores.inl"
 #include "page_scores.inl"
 #include "query_similarity.inl"
+#include "select_tokens.inl"
 #include "probe.inl"
 // clang-format on
 
@@ -52,6 +53,7 @@ const Table table = {
     .page_logits = page_logits,
     .page_vote = page_vote,
     .query_similarity = query_similarity,
+    .select_begin = select_begin,
     .active_rows = active_rows,
     .gather_rows = gather_rows,
     .scatter_rows = scatter_rows,

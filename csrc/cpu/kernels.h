@@ -30,6 +30,7 @@ struct Table {
   void (*page_logits)(const PageScoresParams&, int64_t begin, int64_t end);        // as selection_logits
   void (*page_vote)(const PageScoresParams&, int64_t begin, int64_t end);          // as selection_vote
   void (*query_similarity)(const SimilarityParams&, int64_t begin, int64_t end);   // row
+  void (*select_begin)(const SelectTokensParams&, int64_t begin, int64_t end);     // row; `active` rows are left to selection_*, page_* and topk
   void (*active_rows)(const ActiveRowsParams&);
   void (*gather_rows)(const RowsParams&, int64_t begin, int64_t end);              // row of `picked`
   void (*scatter_rows)(const RowsParams&, int64_t begin, int64_t end);             // row of `picked`

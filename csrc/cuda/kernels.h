@@ -42,6 +42,8 @@ int choose_victims(const VictimParams& p, void* scratch, Stream stream);
 int64_t evict_scratch(const EvictParams& p);
 int evict(const EvictParams& p, void* scratch, Stream stream);
 int query_similarity(const SimilarityParams& p, Stream stream);
+int64_t select_tokens_scratch(const SelectTokensParams& p);
+int select_tokens(const SelectTokensParams& p, void* scratch, Stream stream);
 
 // Routing of rows.
 int active_rows(const ActiveRowsParams& p, Stream stream);

@@ -58,6 +58,7 @@ int page_scores(const PageScoresParams& s, Stream stream) {
   p.soft = s.soft;
   p.bounds = true;
   p.scale = s.soft ? s.scale * kLog2E : s.scale;
+  p.active = s.active;
   place_scratch(p, s.scratch);
   const int64_t lines = int64_t(p.rows) * (s.per_head ? p.heads : 1);
   if (lines * p.width == 0) return 0;

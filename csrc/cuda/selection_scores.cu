@@ -42,6 +42,7 @@ LogitsParams logits_params(const SelectionParams& s) {
   p.width = s.page_counts ? s.page_width * view.page_size : view.capacity;
   p.soft = s.soft;
   p.scale = s.soft ? s.scale * kLog2E : s.scale;
+  p.active = s.active;
   place_scratch(p, s.scratch);
   return p;
 }

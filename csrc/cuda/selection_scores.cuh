@@ -48,6 +48,9 @@ struct LogitsParams {
   SelectionPlan plan;
   float* logits;  // [rows, query_heads, plan.stride]; -inf where no candidate
   float2* parts;  // [rows, query_heads, plan.pieces]; only the pieces that begin below the head's last candidate
+  const int32_t* active;  // [rows] or null: rows of 0 are left alone
+
+  __device__ __forceinline__ bool skips(int64_t row) const { return active && active[row] == 0; }
 };
 
 void place_scratch(LogitsParams& p, float* scratch);       // plan, once, logits and parts, from the rest
@@ -210,6 +213,7 @@ __device__ __forceinline__ void vote(const LogitsParams& p, bool per_head, uint3
   }
   wait_for_dependencies();
   launch_dependents();
+  if (p.skips(row)) return;
   if (begin < places.n) {
     if (p.soft) {
       // Eight lanes per head, so that one wait for the memory serves 32 heads.

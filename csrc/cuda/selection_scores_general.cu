@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kThreads, 3) logits_general_kernel(LogitsParam
   wait_for_dependencies();
 
   const BlockPlace at = place_of_block(p);
+  if (p.skips(at.row)) return;
   const Places places = places_of(p, at.row, at.head);
   const int64_t begin = at.piece * p.plan.piece;
   if (begin >= places.n) return;

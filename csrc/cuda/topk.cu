@@ -27,6 +27,10 @@ constexpr int kSmallWarps = 8, kSmallStaged = 2048;  // short rows: everything f
 
 // --- one block per head --------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ bool skips(const TopKParams& p, int64_t item) {
+  return p.active && p.active[item / p.heads] == 0;
+}
+
 __device__ __forceinline__ int needed(const TopKParams& p, int64_t item) {
   const int64_t row = item / p.heads, head = item - row * p.heads;
   return p.k[row * p.k_stride[0] + head * p.k_stride[1]];
@@ -69,6 +73,7 @@ __global__ __launch_bounds__(kBlockWarps * 32, 1) void topk_block(TopKParams p, 
   KVCACHE_DYNAMIC_SHARED(TopKShared, memory);
   TopKShared& shared = *memory;
   const int64_t item = blockIdx.x;
+  if (skips(p, item)) return;
   const TopKEntries entries(p, item);
   TopKSearch search;
   int total = count_first_digit<kBlockWarps>(entries, shared, 0, entries.n);
@@ -157,6 +162,7 @@ __global__ __launch_bounds__(kThreads, 1) void topk_count(TopKParams p, void* me
   KVCACHE_DYNAMIC_SHARED(TopKShared, dynamic);
   TopKShared& shared = *dynamic;
   TileRange range(tiles);
+  if (skips(p, range.item)) return;
   const Scratch scratch(memory, range.item, tiles);
   const TopKEntries entries(p, range.item);
   range.share(entries.n, tiles);
@@ -171,6 +177,7 @@ __global__ __launch_bounds__(kThreads, 1) void topk_collect(TopKParams p, void* 
   KVCACHE_DYNAMIC_SHARED(TopKShared, dynamic);
   TopKShared& shared = *dynamic;
   TileRange range(tiles);
+  if (skips(p, range.item)) return;
   const Scratch scratch(memory, range.item, tiles);
   const TopKEntries entries(p, range.item);
   range.share(entries.n, tiles);
@@ -221,6 +228,7 @@ __global__ __launch_bounds__(kThreads, 1) void topk_write(TopKParams p, void* me
   KVCACHE_DYNAMIC_SHARED(TopKShared, dynamic);
   TopKShared& shared = *dynamic;
   TileRange range(tiles);
+  if (skips(p, range.item)) return;
   const Scratch scratch(memory, range.item, tiles);
   const TopKEntries entries(p, range.item);
   range.share(entries.n, tiles);

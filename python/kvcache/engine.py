@@ -239,7 +239,9 @@ class Engine(Reading, Evicting):
         key = (k.shape[-1], v.shape[-1], dtype, k.device)
         storage = self.storages.get(key)
         if storage is None:
-            storage = self.storages[key] = PageStorage(self.page_size, k.shape[-1], v.shape[-1], dtype, k.device)
+            storage = self.storages[key] = PageStorage(
+                self.page_size, k.shape[-1], v.shape[-1], dtype, k.device, self.policy.page_bounds
+            )
         layer.store = LayerStore(storage, k.shape[0], k.shape[1], self.policy.columns)
         if self.max_tokens is not None:
             # One partly filled page per row on top of what the tokens themselves fill.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops.two_stage import two_stage_selection
 from .policies.base import Selection
 from .step import Attention, Pages, Step
 from .store import LayerStore
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .self_attending import SlotProbabilities, Watch
 
 FAR = torch.iinfo(torch.int32).max
+#: What ops.select_tokens counts, in its order.
+EVENTS = ("selections", "reuses")
 #: The attribute under which keys and values that ``update()`` returned carry their layer.
 HANDLE = "_kvcache_layer"
 
@@ -35,7 +38,8 @@ class Layer:
         self.store: LayerStore | None = None
         self.group = 1
         self.state: dict[str, Any] = {}
-        self.counters: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
+        self.events: Tensor | None = None  # [2] int32 on the layer's device, EVENTS that no counter has seen yet
         self.budgets: Tensor | None = None  # [R, H] int32, set when a prompt ends; on the layer's device
         self.recent: Tensor | None = None  # [R] int32, likewise
         self.budgets_host = np.zeros((0, 0), np.int32)
@@ -55,6 +59,20 @@ class Layer:
         engine = self._engine()
         assert engine is not None
         return engine
+
+    @property
+    def counters(self) -> Counter[str]:
+        """Events so far. What a device has counted is fetched, which waits for it."""
+        if self.events is not None:
+            for name, times in zip(EVENTS, self.events.tolist()):
+                if times:
+                    self._counters[name] += times
+            self.events.zero_()
+        return self._counters
+
+    @counters.setter
+    def counters(self, counters: Counter[str]) -> None:
+        self._counters, self.events = counters, None
 
     def view(self) -> LayerView:
         return LayerView(self)
@@ -125,6 +143,15 @@ class LayerView:
     prompt_tokens = property(lambda self: self._layer.engine.prompt_tokens)
     num_layers = property(lambda self: len(self._layer.engine.layers))
     state = property(lambda self: self._layer.state)
+    page_size = property(lambda self: self._store.storage.page_size, doc="Entries per page.")
+    capacity = property(lambda self: self._store.capacity, doc="Slots of each head.")
+    most_entries = property(lambda self: self._store.max_count, doc="Entries that no head exceeds; asks no device.")
+    decodes = property(
+        lambda self: self._layer.engine.step.tokens == 1, doc="Whether this step brings one column, the last there is."
+    )
+    sharded = property(
+        lambda self: self._layer.engine.parallel is not None, doc="Whether other ranks hold heads of this layer."
+    )
 
     @property
     def bytes_per_token(self) -> int:
@@ -156,7 +183,7 @@ class LayerView:
 
     def count(self, event: str, times: int = 1) -> None:
         """Add to an event counter that ``cache.report()`` shows."""
-        self._layer.counters[event] += times
+        self._layer._counters[event] += times
 
     def without_rotation(self, queries: Tensor, positions: Tensor) -> Tensor:
         """``queries`` [rows, query_heads, T, D] with the rotation to their ``positions`` [rows, T] taken off.
@@ -169,21 +196,94 @@ class LayerView:
             return queries
         step = engine.step
         assert step is not None
-        device = positions.device
-        if positions is not step.on(device, step.positions):
+        if positions is not step.on(positions.device, step.positions):
             return engine.rotation.unrotate(queries, positions)
+        angles = self._angles(positions.device)
+        assert angles is not None
+        return engine.rotation.turn(queries, *angles)
+
+    def _angles(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """What turns this step's queries back, [rows, 1, T, half] each; None where there is nothing to turn."""
+        engine = self._layer.engine
+        if engine.compact or engine.rotation is None:
+            return None
+        step = engine.step
+        assert step is not None
         if device not in step.angles:  # the same for all layers there
-            step.angles[device] = engine.rotation.angles(positions, -1.0)
-        return engine.rotation.turn(queries, *step.angles[device])
+            step.angles[device] = engine.rotation.angles(step.on(device, step.positions), -1.0)
+        return step.angles[device]
+
+    def select_tokens(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        state: dict[str, Any],
+        *,
+        sinks: int,
+        k: int,
+        local: int,
+        reuse: float,
+        soft: bool,
+        shortlist: int,
+    ) -> Selection:
+        """One decode step of a selection that is cached, in place in ``state`` and without asking the device:
+        :func:`kvcache.ops.reference.select_tokens`, which says what ``state`` holds.
+
+        ``query`` [rows, query_heads, Dk] as the model rotated it, at this step's ``positions`` [rows] int32 (-1: the
+        row has none). ``shortlist``: pages that may be looked at, 0 for all.
+        """
+        s, layer = self._store, self._layer
+        if layer.events is None:
+            layer.events = torch.zeros(len(EVENTS), dtype=torch.int32, device=query.device)
+        angles = self._angles(query.device)
+        cos, sin = (None, None) if angles is None else (x[:, 0, 0] for x in angles)
+        ops.select_tokens(
+            query, s.storage.k_pages, s.table, s.counts, s.positions, positions, cos, sin,
+            s.storage.bounds if shortlist else None, state["query"], state["index"], state["counts"], state["until"],
+            state["at"], layer.events, sinks, k, local, reuse, 1.0, soft, shortlist,
+        )  # fmt: skip
+        return Selection(state["index"], state["counts"])
 
     def vote(self, query: Tensor, first: Tensor, end: Tensor, *, soft: bool = True, scale: float = 1.0) -> Tensor:
         """Votes [rows, 1, capacity] of the query heads of ``query`` [rows, query_heads, Dk]: ops.selection_scores."""
+        return self._vote(query, self._store.counts, first, end, soft, scale)
+
+    def _vote(self, query: Tensor, counts: Tensor, first: Tensor, end: Tensor, soft: bool, scale: float) -> Tensor:
         s = self._store
         return self.over_heads(
-            ops.selection_scores(
-                query, s.storage.k_pages, s.table, s.counts, s.positions, first, end, scale, soft, False
-            )
+            ops.selection_scores(query, s.storage.k_pages, s.table, counts, s.positions, first, end, scale, soft, False)
         )
+
+    def choose(
+        self,
+        query: Tensor,
+        k: int,
+        first: Tensor,
+        last: Tensor,
+        end: Tensor,
+        width: int,
+        *,
+        soft: bool = True,
+        shortlist: int = 0,
+    ) -> Selection:
+        """The ``k`` entries at positions [first, last) that the heads of ``query`` [rows, query_heads, Dk] vote for,
+        all before ``first`` and all in [last, end); ``shortlist``: pages that may be looked at, 0 for all."""
+        s = self._store
+        before = self.entries_before(end)[:, None]
+        best = torch.full((len(end), 1), k, dtype=torch.int32, device=end.device)
+        # Later entries, of a prompt that is there as a whole, are neither candidates nor read.
+        counts = before.expand(-1, self.heads).contiguous()
+        if not shortlist:
+            scores = self._vote(query, counts, first, last, soft, 1.0)
+            return Selection(*ops.topk(scores, before, s.positions[:, :1], best, first, last, width))
+        assert s.storage.bounds is not None
+        parallel = self._layer.engine.parallel
+        return Selection(
+            *two_stage_selection(
+                query, s.storage.k_pages, s.storage.bounds, s.table, counts, s.positions, first, last, 1.0, best,
+                shortlist, soft=soft, width=width, total=None if parallel is None else self.over_heads,
+            )
+        )  # fmt: skip
 
     def over_heads(self, x: Tensor) -> Tensor:
         """A sum over the heads here as the sum over all: tensor-parallel ranks add theirs."""
@@ -197,9 +297,3 @@ class LayerView:
             return torch.cosine_similarity(a, b, dim=1)
         ab, aa, bb = self.over_heads(torch.stack([(a * b).sum(1), (a * a).sum(1), (b * b).sum(1)]))
         return ab / (aa * bb).sqrt().clamp(min=1e-8)
-
-    def top(self, scores: Tensor, k: Tensor, first: Tensor, last: Tensor, end: Tensor, width: int) -> Selection:
-        """The ``k`` best of the entries at positions [first, last), all before ``first`` and all in [last, end)."""
-        s = self._store
-        counts = self.entries_before(end)[:, None].contiguous()
-        return Selection(*ops.topk(scores, counts, s.positions[:, :1].contiguous(), k, first, last, width))

@@ -22,17 +22,21 @@ STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PageStorage:
-    """The pages of one pool: ``k_pages`` [P, S, Dk] and ``v_pages`` [P, S, Dv].
+    """The pages of one pool: ``k_pages`` [P, S, Dk] and ``v_pages`` [P, S, Dv]; with ``bounds`` also the smallest and
+    largest key of each page, ``bounds`` [P, 2, Dk], kept by the ops that write pages.
 
     Grows by doubling, up to ``limit`` pages (set by the cache from ``max_tokens``) or the machine's memory, and gives
     memory back when less than half of it is used after a bulk eviction.
     """
 
-    def __init__(self, page_size: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, page_size: int, k_dim: int, v_dim: int, dtype: torch.dtype, device: torch.device, bounds: bool = False
+    ) -> None:
         self.page_size = page_size
         self.pool = PagePool(page_size)
         self.k_pages = torch.empty(0, page_size, k_dim, dtype=dtype, device=device)
         self.v_pages = torch.empty(0, page_size, v_dim, dtype=dtype, device=device)
+        self.bounds = torch.empty(0, 2, k_dim, dtype=dtype, device=device) if bounds else None
         self.limit: int | None = None
         self._allowed: dict[int, int] = {}
         self.layers: weakref.WeakSet[LayerStore] = weakref.WeakSet()
@@ -49,8 +53,12 @@ class PageStorage:
 
     @property
     def reserved_bytes(self) -> int:
-        """Bytes that the storage has taken from the allocator, held pages and free ones."""
-        return self.pool.capacity * self.page_bytes
+        """Bytes that the storage has taken from the allocator, held pages and free ones, with their bounds."""
+        return self.pool.capacity * self.page_bytes + (0 if self.bounds is None else self.bounds.nbytes)
+
+    @property
+    def _arrays(self) -> list[str]:
+        return ["k_pages", "v_pages"] + ([] if self.bounds is None else ["bounds"])
 
     def allow(self, layer: int, pages: int) -> None:
         """Let ``layer`` hold ``pages`` pages; caches that share the storage share what their layers may hold."""
@@ -86,12 +94,14 @@ class PageStorage:
         ) from None
 
     def _resize(self, capacity: int) -> None:
-        k, v = (x.new_empty(capacity, *x.shape[1:]) for x in (self.k_pages, self.v_pages))
+        arrays = [getattr(self, name) for name in self._arrays]
+        grown = [x.new_empty(capacity, *x.shape[1:]) for x in arrays]
         used = self.pool.capacity
-        k[:used].copy_(self.k_pages)
-        v[:used].copy_(self.v_pages)
+        for x, old in zip(grown, arrays):
+            x[:used].copy_(old)
         self.pool.grow(capacity)
-        self.k_pages, self.v_pages = k, v
+        for name, x in zip(self._arrays, grown):
+            setattr(self, name, x)
 
     def trim(self) -> None:
         """Give memory back if less than half of the pages are used: live pages move together, tables follow."""
@@ -104,7 +114,7 @@ class PageStorage:
         old = (moved >= 0).nonzero().squeeze(-1)
         new = moved[old].long()
         device = self.k_pages.device
-        for name in ("k_pages", "v_pages"):
+        for name in self._arrays:
             pages = getattr(self, name)
             fresh = pages.new_empty(capacity, *pages.shape[1:])
             fresh[new.to(device)] = pages[old.to(device)]
@@ -122,7 +132,7 @@ class PageStorage:
         if len(pairs[0]):
             device = self.k_pages.device
             source, target = (torch.from_numpy(np.asarray(x)).to(device) for x in pairs)
-            ops.copy_pages(self.k_pages, self.v_pages, source, target)
+            ops.copy_pages(self.k_pages, self.v_pages, source, target, self.bounds)
 
 
 class LayerStore:
@@ -264,7 +274,7 @@ class LayerStore:
         s = self.storage
         ops.append(
             s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, k, v, new_positions,
-            new_columns,
+            new_columns, s.bounds,
         )  # fmt: skip
 
     def grew(self, added: np.ndarray) -> None:
@@ -297,7 +307,7 @@ class LayerStore:
         flat_columns = torch.zeros(len(self.column_names), pairs, 1, self.capacity, device=device)
         ops.append(
             s.k_pages, s.v_pages, table, held, flat_positions, flat_columns, k.reshape(pairs, 1, n, k.shape[3]),
-            v.reshape(pairs, 1, n, v.shape[3]), where,
+            v.reshape(pairs, 1, n, v.shape[3]), where, None, s.bounds,
         )  # fmt: skip
         self.counts.copy_(counts)
         self._count(added.reshape(self.rows, self.heads))
@@ -319,8 +329,9 @@ class LayerStore:
             pool.extend(target_host.reshape(len(flat), 1, -1), np.zeros((len(flat), 1), np.int32), flat)
             target = torch.from_numpy(target_host).to(self.table.device)
         ops.compact(
-            s.k_pages, s.v_pages, self.table, target, self.counts, self.positions, self.columns, index, index_counts
-        )
+            s.k_pages, s.v_pages, self.table, target, self.counts, self.positions, self.columns, index, index_counts,
+            s.bounds,
+        )  # fmt: skip
         self._count(wanted.copy())
         if shared:
             pool.release(self.table_host)
@@ -346,7 +357,7 @@ class LayerStore:
             s.reserve(int(np.count_nonzero(evicts)))
             s.copy(pool.unshare(self.table_host, page, touched))
             self.upload_table()
-        ops.overwrite(s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, victims)
+        ops.overwrite(s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, victims, s.bounds)
         self.lost(evicts)
 
     def lost(self, entries: np.ndarray) -> None:

@@ -73,6 +73,13 @@ def good_calls():
         | bounds
         | {"scale": 0.5},
         "query_similarity": {"a": q[:, :, 0], "b": q[:, :, 1]},
+        "select_tokens": {"q": q[:, :, 0]}
+        | keys
+        | {"q_positions": ints([20, 30]), "cos": torch.ones(2, 3), "sin": torch.zeros(2, 3)}
+        | {"bounds": torch.zeros(len(case.k_pages), 2, 8), "query": torch.randn(2, 4, 8)}
+        | {"index": ints([[[0, 1, 2, 0, 0]], [[0, 1, 0, 0, 0]]]), "index_counts": ints([[3], [2]])}
+        | {"until": ints([3, 2]), "at": ints([2, 0]), "events": ints([0, 0])}
+        | {"sinks": 1, "k": 1, "local": 2, "reuse": 0.5, "shortlist": 4},
         "topk": ranked | {"k": two} | bounds | {"width": capacity},
         "choose_victims": ranked | {"budgets": two} | bounds,
         "evict": {"k_pages": storage["k_pages"], "v_pages": storage["v_pages"]}
@@ -90,7 +97,7 @@ def good_calls():
 
 def change_for(name, op):
     """Generic damage: (label, exception, function of the good value)."""
-    storage_dtype = name in ("k_pages", "v_pages", "k", "v", "q", "q_latent", "q_rope")
+    storage_dtype = name in ("k_pages", "v_pages", "k", "v", "q", "q_latent", "q_rope", "query")
     yield (
         "float64" if storage_dtype else "dtype",
         TypeError,
@@ -213,6 +220,21 @@ def bad_calls():
     yield values("selection_scores", page_counts=ints([[1], [3]]))
     yield values("selection_scores", pages=ints([[[0, -1]], [[9, -1]]]))
     yield values("selection_scores", pages=ints([[[1, 0]], [[0, -1]]]), page_counts=ints([[2], [1]]))
+    for change in ({"counts": many}, {"counts": -counts}, {"counts": counts - ints([[0, 1], [0, 0]])}):
+        yield values("select_tokens", **change)
+    yield values("select_tokens", table=hole)
+    yield values("select_tokens", q=good["select_tokens"]["q"][:, :3].contiguous())
+    yield values("select_tokens", TypeError, query=good["select_tokens"]["query"].half())
+    yield values("select_tokens", cos=None)
+    yield values("select_tokens", cos=torch.ones(2, 5), sin=torch.zeros(2, 5))
+    yield values("select_tokens", shortlist=0)
+    yield values("select_tokens", sinks=-1)
+    yield values("select_tokens", k=0)
+    yield values("select_tokens", local=0)
+    yield values("select_tokens", k=4, index=good["select_tokens"]["index"])
+    yield values("select_tokens", index_counts=ints([[3], [6]]))
+    yield values("select_tokens", index_counts=ints([[3], [-1]]))
+    yield values("select_tokens", until=ints([2, 2]))
     yield values("page_scores", positions=good["page_scores"]["positions"][..., :-1].contiguous())
     yield values("page_scores", bounds=torch.zeros(5, 2, 300))
     listed = {"pages": ints([[[0, 2], [1, -1]]] * 2), "page_counts": ints([[2, 1]] * 2), "page_size": capacity // 2}

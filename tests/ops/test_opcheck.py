@@ -23,6 +23,12 @@ def case_of(**changes):
     return case
 
 
+def selection_state():
+    """Of two rows, the first of which has a list: query, index, index_counts, until, at, events."""
+    index = ints([[[0, 1, 2, 0, 0, 0]], [[0, 0, 0, 0, 0, 0]]])
+    return torch.randn(2, 4, 8), index, ints([[3], [0]]), ints([3, 0]), ints([2, 0]), ints([0, 0])
+
+
 def samples():
     """name -> (args, kwargs) of one or more calls."""
     case, twin = case_of(), case_of(same_counts=True)
@@ -90,6 +96,16 @@ def samples():
             ((q[:, :, 0], bounds, twin.table, twin.counts, twin.positions, first, end, 0.4, False),),
         ],
         "query_similarity": [((q[:, :, 0], q[:, :, 1].bfloat16()),)],
+        "select_tokens": [
+            ((q[:, :, 0], twin.k_pages, twin.table, twin.counts, twin.positions, ints([20, 30]), *angles, *state),)
+            for angles, state in (
+                ((None, None, None), (*selection_state(), 1, 1, 2, 0.5)),
+                (
+                    (torch.rand(2, 3), torch.rand(2, 3), bounds[: len(twin.k_pages)].clone()),
+                    (*selection_state(), 1, 1, 2, -1.0, 0.5, False, 2),
+                ),
+            )
+        ],
         "topk": [
             ((case.columns[0], case.counts, case.positions, case.counts // 2, first, end, capacity),),
             ((q[:, :2, 0, :4], case.counts, case.positions, case.counts, first, end, 4, pages, pages[..., 0] + 1, 4),),

@@ -130,6 +130,7 @@ _READERS = {
     "latent_attention",
     "prefill_attention",
     "column_sums",
+    "select_tokens",
     "selection_scores",
     "page_bounds",
 }

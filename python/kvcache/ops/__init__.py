@@ -38,6 +38,7 @@ __all__ = [
     "query_similarity",
     "register_backend",
     "scatter_rows",
+    "select_tokens",
     "selection_scores",
     "set_backend",
     "topk",
@@ -63,6 +64,7 @@ OPS = (
     "prefill_attention",
     "query_similarity",
     "scatter_rows",
+    "select_tokens",
     "selection_scores",
     "topk",
 )
@@ -500,6 +502,45 @@ def query_similarity(a: Tensor, b: Tensor) -> Tensor:
         return reference.query_similarity(*args)
     try:
         return _native.query_similarity(*args)
+    except RuntimeError as error:
+        _raise(error)
+
+
+def select_tokens(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    bounds: Tensor | None,
+    query: Tensor,
+    index: Tensor,
+    index_counts: Tensor,
+    until: Tensor,
+    at: Tensor,
+    events: Tensor,
+    sinks: int,
+    k: int,
+    local: int,
+    reuse: float,
+    scale: float = 1.0,
+    soft: bool = True,
+    shortlist: int = 0,
+) -> None:
+    """A decode step of TokenSelect, its lists updated in place: :func:`kvcache.ops.reference.select_tokens`."""
+    args = (
+        q, k_pages, table, counts, positions, q_positions, cos, sin, bounds, query, index, index_counts, until, at,
+        events, sinks, k, local, reuse, scale, soft, shortlist,
+    )  # fmt: skip
+    if _native is None:
+        validation.select_tokens(*args)
+        reference.select_tokens(*args)
+        return
+    try:
+        _native.select_tokens(*args)
     except RuntimeError as error:
         _raise(error)
 

@@ -129,6 +129,7 @@ def register(namespace: str) -> None:
         "selection_scores": _selection_scores,
         "page_scores": _page_scores,
         "query_similarity": _query_similarity,
+        "select_tokens": _nothing,
         "topk": _topk,
         "choose_victims": _choose_victims,
         "page_bounds": _nothing,

@@ -551,6 +551,111 @@ def topk(
     return index, index_counts
 
 
+def select_tokens(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    bounds: Tensor | None,
+    query: Tensor,
+    index: Tensor,
+    index_counts: Tensor,
+    until: Tensor,
+    at: Tensor,
+    events: Tensor,
+    sinks: int,
+    k: int,
+    local: int,
+    reuse: float,
+    scale: float = 1.0,
+    soft: bool = True,
+    shortlist: int = 0,
+) -> None:
+    """A decode step of TokenSelect (arXiv 2411.02886) for queries q [R, Hq, Dk] at ``q_positions`` [R] int32 (-1: the
+    row has none); each row's list of slots to read is brought up to date in place. All heads of a row hold the same
+    entries, the step's own among them.
+
+    State of each row, all written in place: ``index`` [R, 1, W] int32, of which the first ``index_counts`` [R, 1]
+    int32 count: slots to read; ``query`` [R, Hq, Dk] in q's dtype: the query that chose them, without its rotation;
+    ``at`` [R] int32: entries that the row held then, 0 for a row that never chose; ``until`` [R] int32: the list covers
+    slots below. ``events`` [2] int32 counts selections and reuses.
+
+    A row that holds more than ``sinks + k + local`` entries chooses anew if it never did, if the cosine of its query
+    (all heads at once, turned back by ``cos``, ``sin`` [R, half] float32 in the first 2 * half channels, paired by
+    halves) with the one that made its list is below ``reuse`` (the Selection Cache, Algorithm 1), if more than
+    ``local`` entries came since (not with ``reuse <= -1``), or if those do not fit into ``index``. It takes the entries
+    at positions below ``sinks`` or among the last ``local``, and the ``k`` best of the rest by the heads' vote
+    (:func:`selection_scores` with ``soft`` and ``scale``, :func:`topk`); with ``bounds`` [P, 2, Dk] only those in the
+    ``shortlist`` pages that :func:`page_scores` ranks first, as
+    :func:`kvcache.ops.two_stage.two_stage_selection` chooses. Any other row goes on with its list and the entries that
+    came since; a list of a row that holds no more than the sum thus stays all of them.
+    """
+    held = counts[:, 0] if counts.shape[1] else counts.new_zeros(len(counts))
+    large = (q_positions >= 0) & (held > sinks + k + local)
+    plain = q
+    if cos is not None and sin is not None:
+        half = cos.shape[1]
+        a, b, c, s = q[..., :half].float(), q[..., half : 2 * half].float(), cos[:, None], sin[:, None]
+        turned = [(a * c - b * s).to(q.dtype), (b * c + a * s).to(q.dtype), q[..., 2 * half :]]
+        plain = torch.cat(turned, -1)
+    anew = (at <= 0) | (query_similarity(plain, query) < reuse) | (index_counts[:, 0] + held - until > index.shape[2])
+    if reuse > -1.0:
+        anew = anew | (held - at > local)
+    anew = anew & large
+    events[0] += int(anew.sum())
+    events[1] += int((large & ~anew).sum())
+    for r in range(len(held)):
+        n, grown = int(index_counts[r, 0]), int(held[r] - until[r])
+        if anew[r]:
+            row = slice(r, r + 1)
+            keys = (k_pages, table[row], counts[row], positions[row])
+            first = torch.full_like(held[row], sinks)
+            end = (q_positions[row] + (1 - local)).clamp(min=sinks)
+            best, width = torch.full_like(index_counts[row], k), index.shape[2]
+            if bounds is None:
+                scores = selection_scores(q[row], *keys, first, end, scale, soft)
+                chosen = topk(scores, counts[row, :1], positions[row, :1], best, first, end, width)
+            else:
+                chosen = _of_shortlist(q[row], bounds, keys, first, end, scale, soft, best, shortlist, width)
+            index[row], index_counts[row] = chosen
+            query[r], at[r], until[r] = plain[r], held[r], held[r]
+        else:
+            grown = max(min(grown, index.shape[2] - n), -n)
+            new = torch.arange(max(grown, 0), dtype=torch.int32, device=index.device)
+            index[r, 0, n : n + len(new)] = new + until[r]
+            index_counts[r, 0] += grown
+            until[r] += grown
+
+
+def _of_shortlist(
+    q: Tensor,
+    bounds: Tensor,
+    keys: tuple[Tensor, Tensor, Tensor, Tensor],
+    first: Tensor,
+    end: Tensor,
+    scale: float,
+    soft: bool,
+    k: Tensor,
+    shortlist: int,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """Selection in two stages, of the rows of ``keys``: see :func:`kvcache.ops.two_stage.two_stage_selection`."""
+    k_pages, table, counts, positions = keys
+    page_size, columns = k_pages.shape[1], table.shape[2]
+    listed = min(shortlist, columns)
+    bound = page_scores(q, bounds, table, counts, positions, first, end, scale, soft)
+    held = (counts[:, :1] + (page_size - 1)).div(page_size, rounding_mode="floor")
+    numbers = torch.arange(columns, dtype=torch.int32, device=q.device).expand(len(q), 1, -1)
+    least, all_ = torch.zeros_like(first), torch.full_like(first, columns)
+    pages, page_counts = topk(bound, held, numbers, torch.full_like(held, listed), least, all_, listed)
+    scores = selection_scores(q, *keys, first, end, scale, soft, False, pages, page_counts)
+    return topk(scores, counts[:, :1], positions[:, :1], k, first, end, width, pages, page_counts, page_size)
+
+
 def choose_victims(
     scores: Tensor | None,
     counts: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def two_stage_selection(
     soft: bool = True,
     per_head: bool = False,
     width: int | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which entries a decode step reads: the protected ones and about the ``k`` best candidates.
 
@@ -44,7 +47,8 @@ def two_stage_selection(
     Shapes and the other arguments: :func:`kvcache.ops.reference.selection_scores`. ``k`` is an int or [R, L] int32,
     with L = H if ``per_head`` else 1. Returns ``index`` [R, L, width] int32, slots ascending, padded with -1, and
     ``index_counts`` [R, L] int32, which :func:`kvcache.ops.decode_attention` reads; ``width`` is by default what
-    always suffices, ``min(shortlist_pages, M) * S``. Nothing here waits for a GPU.
+    always suffices, ``min(shortlist_pages, M) * S``. ``total``: what makes the votes of these heads those of all (a sum
+    over tensor-parallel ranks). Nothing here waits for a GPU.
     """
     if shortlist_pages < 1:
         raise ValueError(f"two_stage_selection: shortlist_pages is {shortlist_pages}, needs 1 or more")
@@ -55,6 +59,7 @@ def two_stage_selection(
     keys = (table, counts, positions, first, end, scale, soft, per_head)
 
     bound = ops.page_scores(q, bounds, *keys)
+    bound = bound if total is None else total(bound)
     # A page is to topk an entry whose position is its column, and all are candidates.
     numbers = torch.arange(columns + 1, dtype=torch.int32, device=q.device)
     pages, page_counts = ops.topk(
@@ -67,6 +72,7 @@ def two_stage_selection(
         shortlist,
     )
     scores = ops.selection_scores(q, k_pages, *keys, pages, page_counts)
+    scores = scores if total is None else total(scores)
     best = k if isinstance(k, Tensor) else torch.full((rows, lists), k, dtype=torch.int32, device=q.device)
     places = shortlist * page_size if width is None else width
     return ops.topk(scores, counts_of, positions_of, best, first, end, places, pages, page_counts, page_size)

@@ -597,6 +597,77 @@ def query_similarity(a: Tensor, b: Tensor) -> None:
     check.strided("b", b, STORAGE, [("R", a.shape[0]), ("Hq", a.shape[1]), ("D", a.shape[2])])
 
 
+def select_tokens(
+    q: Tensor,
+    k_pages: Tensor,
+    table: Tensor,
+    counts: Tensor,
+    positions: Tensor,
+    q_positions: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    bounds: Tensor | None,
+    query: Tensor,
+    index: Tensor,
+    index_counts: Tensor,
+    until: Tensor,
+    at: Tensor,
+    events: Tensor,
+    sinks: int,
+    k: int,
+    local: int,
+    reuse: float,
+    scale: float,
+    soft: bool,
+    shortlist: int,
+) -> None:
+    check = _View("select_tokens")
+    check.view(k_pages, None, table)
+    check.head_sizes(k_pages, None)
+    check.entries(counts, positions)
+    check.query(q, tokens=False)
+    check.plain("q_positions", q_positions, torch.int32, check.per_row)
+    if (cos is None) != (sin is None):
+        raise check.value_error("cos and sin need each other")
+    if cos is not None and sin is not None:
+        check.plain("cos", cos, torch.float32, [*check.per_row, ("half", None)])
+        check.plain("sin", sin, torch.float32, [*check.per_row, ("half", cos.shape[1])])
+        if 2 * cos.shape[1] > check.k_dim:
+            raise check.value_error(f"cos has {cos.shape[1]} angles, needs at most half of Dk={check.k_dim}")
+    if bounds is not None:
+        check.bounds(bounds, k_pages.dtype)
+        if shortlist < 1:
+            raise check.value_error(f"shortlist is {shortlist}, needs 1 or more with bounds")
+    check.dtype("query", query, *STORAGE)
+    if query.dtype != q.dtype:
+        raise TypeError(f"{check.op}: query has another dtype than q")
+    check.shape("query", query, [*check.per_row, ("Hq", check.query_heads), ("Dk", check.k_dim)])
+    check.contiguous("query", query)
+    check.place("query", query)
+    one = ("1", 1)
+    check.plain("index", index, torch.int32, [*check.per_row, one, ("W", None)])
+    check.plain("index_counts", index_counts, torch.int32, [*check.per_row, one])
+    check.plain("until", until, torch.int32, check.per_row)
+    check.plain("at", at, torch.int32, check.per_row)
+    check.plain("events", events, torch.int32, [("2", 2)])
+    for r, h in (counts != counts[:, :1]).nonzero().tolist() if check.heads else ():
+        raise check.value_error(
+            f"counts of head ({r}, {h}) differs from its row's first head; all heads must hold the same entries"
+        )
+    check.live_pages()
+    for name, value, least in (("sinks", sinks, 0), ("k", k, 1), ("local", local, 1)):
+        if value < least:
+            raise check.value_error(f"{name} is {value}, needs {least} or more")
+    width = index.shape[2]
+    if width < sinks + k + local:
+        raise check.value_error(f"index has room for {width} slots, needs sinks + k + local = {sinks + k + local}")
+    for r, (n, covered) in enumerate(zip(index_counts[:, 0].tolist(), until.tolist())):
+        if not 0 <= n <= width:
+            raise check.value_error(f"index_counts of row {r} is {n}, needs 0 to W={width}")
+        if covered < n:
+            raise check.value_error(f"until of row {r} is {covered}, needs the {n} slots of its list or more")
+
+
 def topk(
     scores: Tensor,
     counts: Tensor,

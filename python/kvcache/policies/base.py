@@ -119,6 +119,11 @@ class Policy:
         """Position by which queries are rotated when they vote under compact positions."""
         return 0
 
+    @property
+    def page_bounds(self) -> bool:
+        """Whether the selection needs the smallest and largest key of every page, kept beside the pages."""
+        return False
+
     # -- schedule: which layers run ---------------------------------------------------------------------------------
 
     @property

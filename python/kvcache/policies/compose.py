@@ -77,6 +77,10 @@ class _Composite(Policy):
     def query_place(self) -> int:
         return self._by_axis["selects"].query_place if self.selects else 0
 
+    @property
+    def page_bounds(self) -> bool:
+        return self.selects and self._by_axis["selects"].page_bounds
+
     def layers(self, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
         return self._by_axis["schedules"].layers(num_layers, positions, prompt)
 

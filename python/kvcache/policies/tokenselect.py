@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,13 @@ class TokenSelect(Policy):
         chunk: queries per selection while a prompt is read; the chunk's mean query votes (paper: 512, at most
             ``local``).
         vote: "soft" (Eq. 7) or "raw" (sum of logits, Eq. 5, the paper's ablation).
+        shortlist: None: every token votes. Else a selection looks only at the pages whose keys can have the largest
+            logits, known from the bounds of each page (Quest, arXiv 2406.10774): that many pages beside those of
+            ``sinks`` and ``local``, or that share (a float) of all that the cache has room for; never less than ``k``
+            takes. Reads a fraction of the keys, and may miss some of the ``k`` best: bench/kernels/selection.py.
+
+    A decode step is one op, :func:`kvcache.ops.select_tokens`, which asks nobody: whether a row reuses its selection is
+    decided where the query is. Only ranks that share the heads of a layer must talk to each other first.
 
     Layers with a sliding window read their window and are not selected from.
     """
@@ -48,6 +56,7 @@ class TokenSelect(Policy):
     positions: str = "original"
     chunk: int = 512
     vote: str = "soft"
+    shortlist: int | float | None = None
 
     def __post_init__(self) -> None:
         check_count("k", self.k, 1)
@@ -60,6 +69,13 @@ class TokenSelect(Policy):
             raise ValueError(f"positions must be 'original' or 'compact', got {self.positions!r}")
         if self.vote not in ("soft", "raw"):
             raise ValueError(f"vote must be 'soft' or 'raw', got {self.vote!r}")
+        pages = self.shortlist
+        if pages is not None and (
+            isinstance(pages, bool)
+            or not isinstance(pages, (int, float))
+            or not (pages >= 1 if isinstance(pages, int) else 0 < pages <= 1)
+        ):
+            raise ValueError(f"shortlist must be None, a number of pages or a share in (0, 1], got {pages!r}")
 
     @property
     def prefill_chunk(self) -> int:
@@ -70,77 +86,79 @@ class TokenSelect(Policy):
     def query_place(self) -> int:
         return self.local
 
+    @property
+    def page_bounds(self) -> bool:
+        return self.shortlist is not None
+
+    @property
+    def _most(self) -> int:
+        """What a row may hold and still read all of it."""
+        return self.sinks + self.k + self.local
+
+    def _pages(self, layer: LayerView) -> int:
+        """Pages that a selection may look at, those of the protected entries among them; 0: all."""
+        if self.shortlist is None:
+            return 0
+        size = layer.page_size
+        asked = (
+            math.ceil(self.shortlist * layer.capacity / size) if isinstance(self.shortlist, float) else self.shortlist
+        )
+        protected = -(-self.sinks // size) + -(-self.local // size) + 1
+        return protected + max(asked, -(-self.k // size))
+
     def select(self, layer: LayerView, queries: Tensor, positions: Tensor) -> Selection | None:
         state = layer.state
+        if "index" not in state and layer.most_entries <= self._most:
+            return None
+        if layer.decodes and "index" in state and not layer.sharded:
+            return self._step(layer, queries, positions)
         end = positions.amax(1) + 1
-        if queries.shape[2] == 1 and state.get("steady") and int(end.min()) > 0:
-            return self._decode(layer, queries, positions, end)
         asks = end > 0  # the other rows bring nothing but padding here: they change nothing and read what they have
         held = layer.entries_before(torch.where(asks, end, torch.iinfo(torch.int32).max))
         # A row with no more than this reads all of it, also beside longer rows, and selects later.
-        small = ~asks | (held <= self.sinks + self.k + self.local)
-        if "made" not in state and bool(small.all()):
+        small = ~asks | (held <= self._most)
+        if "index" not in state and bool(small.all()):
             return None
         real = (positions >= 0).to(queries.dtype)[:, None, :, None]
         query, plain = (
             (x * real).sum(2) / real.sum(2).clamp(min=1) for x in (queries, layer.without_rotation(queries, positions))
         )
-        if "made" not in state:
+        if "index" not in state:
             rows = len(end)
-            index = torch.full((rows, 1, self.sinks + self.k + self.local), -1, dtype=torch.int32, device=end.device)
-            nothing = torch.zeros(rows, dtype=torch.int32, device=end.device)
-            state.update(
-                made=nothing.bool(),
-                query=torch.zeros_like(plain),
-                index=index,
-                counts=nothing[:, None],
-                until=nothing,
-                at=nothing,
-            )
+            index = torch.full((rows, 1, self._most + self.local), -1, dtype=torch.int32, device=end.device)
+            until, at, counts = torch.zeros(3, rows, dtype=torch.int32, device=end.device).unbind()
+            # As ops.select_tokens describes them; at 0: the row never chose.
+            state.update(query=torch.zeros_like(plain), index=index, counts=counts[:, None], until=until, at=at)
         similarity = layer.similarity(plain, state["query"])
         asked = (positions >= 0).sum(1)  # of each row: padding beside a short prompt must not count
-        stale = ~small & (~state["made"] | (similarity < self.reuse) | self._expired(held, state, asked))
+        stale = ~small & ((state["at"] <= 0) | (similarity < self.reuse))
+        if self.reuse > -1.0:  # else "select once"
+            # However similar the queries, the list would outgrow what a step may read: the mean queries of chunks of a
+            # prompt are all alike, and a list gains every token that leaves the window.
+            stale |= ~small & ((held - state["at"] > self.local) | (asked > 1))
         layer.count("selections", int(stale.sum()))
         layer.count("reuses", int((~small & ~stale).sum()))
-        kept = self._extend(layer, torch.where(asks | ~state["made"], held, state["until"]))
-        chosen = self._select(layer, query, plain, end, held, stale, kept) if bool(stale.any()) else kept
-        state["steady"] = bool(state["made"].all())
-        return chosen
+        kept = self._extend(layer, torch.where(asks | (state["at"] <= 0), held, state["until"]))
+        return self._select(layer, query, plain, end, held, stale, kept) if bool(stale.any()) else kept
 
-    def _decode(self, layer: LayerView, queries: Tensor, positions: Tensor, end: Tensor) -> Selection:
-        """One query per row, every row with a selection: what :meth:`select` does, in few operations."""
-        state, rows, held = layer.state, len(end), layer.entries_before(end)
-        query, plain = queries[:, :, 0], layer.without_rotation(queries, positions)[:, :, 0]
-        similarity = layer.similarity(plain, state["query"])
-        if float(similarity.max()) < self.reuse:
-            layer.count("selections", rows)
-            fresh = self._fresh(layer, query, end)
-            state.update(query=plain, index=fresh.index, counts=fresh.counts, until=held, at=held)
-            return fresh
-        stale = (similarity < self.reuse) | self._expired(held, state, 1)
-        if not bool(stale.any()):
-            layer.count("reuses", rows)
-            return self._extend(layer, held)
-        layer.count("selections", int(stale.sum()))
-        layer.count("reuses", int((~stale).sum()))
-        return self._select(layer, query, plain, end, held, stale, self._extend(layer, held))
-
-    def _expired(self, held: Tensor, state: dict, asked: Tensor | int) -> Tensor:
-        """Which rows must select anew however similar the queries: the list would outgrow what a step may read.
-
-        The mean queries of chunks of a prompt are all alike, and a list gains every token that leaves the window.
-        """
-        if self.reuse <= -1.0:  # "select once"
-            return torch.zeros_like(state["made"])
-        return (held - state["at"] > self.local) | (asked > 1)
-
-    def _fresh(self, layer: LayerView, query: Tensor, end: Tensor) -> Selection:
-        """The vote of ``query`` [rows, query_heads, D] over the entries before ``end`` [rows]."""
-        first = torch.full_like(end, self.sinks)
-        local = (end - self.local).clamp(min=self.sinks)
-        scores = layer.vote(query, first, local, soft=self.vote == "soft")
-        k = torch.full((len(end), 1), self.k, dtype=torch.int32, device=end.device)
-        return layer.top(scores, k, first, local, end, width=self.sinks + self.k + self.local)
+    def _step(self, layer: LayerView, queries: Tensor, positions: Tensor) -> Selection:
+        """One query per row: what :meth:`select` does, in one op that asks nobody."""
+        state = layer.state
+        width = self._most + self.local if self.reuse > -1.0 else max(self._most, layer.capacity)
+        if state["index"].shape[2] < width:
+            # All of it anew: what an undone step goes back to must not have been written in place.
+            state.update({name: x.clone() for name, x in state.items()}, index=_widen(state["index"], width))
+        return layer.select_tokens(
+            queries[:, :, 0],
+            positions[:, 0].contiguous(),
+            state,
+            sinks=self.sinks,
+            k=self.k,
+            local=self.local,
+            reuse=self.reuse,
+            soft=self.vote == "soft",
+            shortlist=self._pages(layer),
+        )
 
     def _select(
         self,
@@ -153,13 +171,21 @@ class TokenSelect(Policy):
         kept: Selection,
     ) -> Selection:
         """Select anew for the ``stale`` rows; the others keep ``kept``. ``plain``: ``query`` without its rotation."""
-        state, fresh = layer.state, self._fresh(layer, query, end)
-        width = max(kept.index.shape[2], fresh.index.shape[2])
-        index = torch.where(stale[:, None, None], _widen(fresh.index, width), _widen(kept.index, width))
+        state = layer.state
+        fresh = layer.choose(
+            query,
+            self.k,
+            torch.full_like(end, self.sinks),
+            (end - self.local).clamp(min=self.sinks),
+            end,
+            kept.index.shape[2],
+            soft=self.vote == "soft",
+            shortlist=self._pages(layer),
+        )
+        index = torch.where(stale[:, None, None], fresh.index, kept.index)
         counts = torch.where(stale[:, None], fresh.counts, kept.counts)
         state.update(
-            made=state["made"] | stale,
-            query=torch.where(stale[:, None, None], plain, state["query"]),
+            query=torch.where(stale[:, None, None], plain, state["query"]).contiguous(),
             index=index,
             counts=counts,
             until=torch.where(stale, held, state["until"]),
