@@ -118,6 +118,9 @@ def paged_attention(
         absorption = absorption_of(module) if dense is None else None
         if absorption is not None:
             return absorption.attend(layer, query, key, ask), None
+        part = None if layer.engine.step is None else layer.engine.step.part
+        if part is not None:  # the layer runs on these rows alone
+            return part.take(layer.engine.attend(layer, part.spread(query), ask, dense)), None
         return layer.engine.attend(layer, query, ask, dense), None
 
 

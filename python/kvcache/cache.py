@@ -144,6 +144,10 @@ class KVCache(Cache):
             return torch.zeros(0, dtype=torch.long)
         return store.positions[row, kv_head, : int(store.counts_host[row, kv_head])].long().sort().values.cpu()
 
+    def tier(self, layer: int) -> str | None:
+        """How ``layer`` gets at its entries: see ``tiers.py``."""
+        return self._plan.tiers.get(layer)
+
     def _layer(self, index: int) -> Layer:
         if not -len(self.layers) <= index < len(self.layers):
             raise IndexError(f"layer {index} does not exist: the cache has {len(self.layers)} layers")
@@ -233,13 +237,18 @@ class KVCache(Cache):
                 value_states = value_states.contiguous()
             if frame is None or frame.cache is not self or step is None:
                 return self._update_alone(layer, key_states, value_states)
-            self.engine.append(layer, key_states, value_states, step)
+            part = step.part  # the layer runs on these rows alone: the others store nothing
+            if part is None:
+                self.engine.append(layer, key_states, value_states, step)
+            else:
+                self.engine.append(layer, part.spread(key_states), part.spread(value_states), step)
             if layer.expands is not None:
                 layer.new = None
                 pre_hook = layer.expands == "pre-hook"
                 k, v = dense_columns(layer, step) if pre_hook else self.engine.dense_slots(layer)
                 return k.to(key_states.dtype), v.to(value_states.dtype)
-        layer.new = None if step.ready or layer_idx in self._plan.absorbed else (key_states, value_states)
+        dense = not step.ready and part is None and layer_idx not in self._plan.absorbed
+        layer.new = (key_states, value_states) if dense else None
         setattr(key_states, HANDLE, layer)
         setattr(value_states, HANDLE, layer)
         return key_states, value_states

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_fra
 from .decode_graph import GraphedForward
 from .parallel import TensorParallel
 from .rotation import Rotation
+from .step import Part, Step
 from .tiers import LayerPlan
 
 if TYPE_CHECKING:
@@ -238,7 +239,10 @@ def hook_forward(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHand
 
 
 class RoutedForward:
-    """Stands for ``forward`` of one decoder layer: tokens that skip the layer keep their hidden state."""
+    """Stands for ``forward`` of one decoder layer: tokens that skip the layer keep their hidden state.
+
+    Rows that all of their tokens skip are left out: the layer runs on the others alone.
+    """
 
     def __init__(self, layer: nn.Module, index: int, form: dict[str, Any]) -> None:
         self.layer, self.index, self.form = layer, index, form
@@ -248,22 +252,91 @@ class RoutedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         step = None if frame is None or frame.cache is None else frame.cache.engine.step
-        active = None if step is None else step.runs(self.index)
-        hidden = args[0] if args else kwargs["hidden_states"]
         if step is not None and self.index in step.skipped:
-            return self._as_output(hidden)
+            return self._as_output(args[0] if args else kwargs["hidden_states"])
+        active = None if step is None else step.runs(self.index)
+        if active is None or step is None or frame is None:
+            return self._run(args, kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        part = _rows_that_run(frame, step, self.index, active, (args, kwargs))
+        if part is None:
+            out = self._run(args, kwargs)
+            new = out[0] if isinstance(out, tuple) else out
+            new = torch.where(active[:, :, None].to(new.device), new, hidden)
+            return (new, *out[1:]) if isinstance(out, tuple) else new
+        args, kwargs = _pieces(step, part, (args, kwargs), hidden)
+        step.part = part
+        try:
+            out = self._run(args, kwargs)
+        finally:
+            step.part = None
+        new, *others = out if isinstance(out, tuple) else (out,)
+        if active.shape[1] > 1:
+            runs = part.take(active.to(new.device))[:, :, None]
+            new = torch.where(runs, new, part.take(hidden))
+        new = part.put(hidden, new)
+        return (new, *others) if isinstance(out, tuple) else new
+
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = type(self.layer).forward(self.layer, *args, **kwargs)
         self.form["tuple"] = len(out) if isinstance(out, tuple) else 0
-        if active is None:
-            return out
-        new = out[0] if isinstance(out, tuple) else out
-        new = torch.where(active[:, :, None].to(new.device), new, hidden)
-        return (new, *out[1:]) if isinstance(out, tuple) else new
+        return out
 
     def _as_output(self, hidden: Tensor) -> Any:
         """``hidden`` in the form that layers of this model return; they share ``form``, and one has always run."""
         size = self.form.get("tuple", 0)
         return (hidden, *[None] * (size - 1)) if size else hidden
+
+
+def _rows_that_run(frame: Frame, step: Step, index: int, active: Tensor, inputs: tuple) -> Part | None:
+    """The rows with a token that runs layer ``index``; None: run all, as no row can be left out."""
+    total = active.shape[0]
+    if total == 1 or step.repeats is not None or frame.cache is None or frame.cache.tier(index) != "handle":
+        return None
+    hidden = inputs[0][0] if inputs[0] else inputs[1]["hidden_states"]
+    key = (active.numpy().tobytes(), hidden.device)
+    if key not in step.parts:
+        rows = active.any(1).nonzero().squeeze(-1)
+        plain = len(rows) < total and all(_is_batch(x, total, active.shape[1]) is not None for x in _tensors(inputs))
+        step.parts[key] = Part(rows.to(hidden.device), total) if plain else None
+    return step.parts[key]
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for y in x:
+            yield from _tensors(y)
+    elif isinstance(x, dict):
+        yield from _tensors(list(x.values()))
+
+
+def _is_batch(x: Tensor, total: int, tokens: int) -> bool | None:
+    """Whether a layer's input has the batch of ``total`` rows as its first dimension; None: that cannot be told."""
+    if x.ndim < 4 and total not in x.shape[:-1] and (x.ndim != 1 or len(x) != total):
+        return False  # the same for all rows
+    if x.ndim in (2, 3) and x.shape[0] == total and x.shape[1] == tokens != total:
+        return True
+    return None  # a mask, positions of several kinds, ...
+
+
+def _pieces(step: Step, part: Part, x: Any, hidden: Tensor) -> Any:
+    """The inputs ``x`` of a layer for the rows of ``part``; what other layers get as well is cut once."""
+    if isinstance(x, Tensor):
+        if not _is_batch(x, part.total, step.tokens):
+            return x
+        if x is hidden:
+            return part.take(x)
+        key = (id(x), id(part))
+        if key not in step.pieces:
+            step.pieces[key] = (x, part.take(x))  # with x itself, so that its id stays its own
+        return step.pieces[key][1]
+    if isinstance(x, dict):
+        return {k: _pieces(step, part, v, hidden) for k, v in x.items()}
+    if isinstance(x, (tuple, list)):
+        return type(x)(_pieces(step, part, y, hidden) for y in x)
+    return x
 
 
 def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:

@@ -38,6 +38,26 @@ class Repeats:
         return x[self.inverse.to(x.device)]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of a batch on which a layer runs while the others skip it: ``rows`` [n] int64 of ``total``."""
+
+    rows: Tensor
+    total: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """``x`` [total, ...] -> [n, ...]."""
+        return x.index_select(0, self.rows)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """``x`` [n, ...] -> [total, ...], zeros in the other rows."""
+        return x.new_zeros(self.total, *x.shape[1:]).index_copy_(0, self.rows, x)
+
+    def put(self, x: Tensor, rows: Tensor) -> Tensor:
+        """``x`` [total, ...] with ``rows`` [n, ...] in place of its own."""
+        return x.index_copy(0, self.rows, rows)
+
+
 @dataclass
 class Step:
     """One forward of the model: which tokens it brings and where they stand.
@@ -65,6 +85,9 @@ class Step:
     wrote: list[Layer] = field(default_factory=list)  # of a ready step: the layers that have stored its tokens
     rewind: tuple[int, Tensor, Tensor | None] | None = None  # what was seen before the engine counted this forward
     evicted: list[Layer] | None = None  # layers that a captured graph has evicted from already
+    part: Part | None = None  # while a layer runs on some rows alone: what it hands over has these
+    parts: dict[tuple, Part | None] = field(default_factory=dict)  # by what is active, for layers.RoutedForward
+    pieces: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # its tensors of some rows, with the whole
     angles: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)  # turn queries back to position 0
     plans: dict[int, Tensor] = field(default_factory=dict)  # layer -> how a GPU shares out its entries
     _starts: dict[int, Tensor] = field(default_factory=dict)
