@@ -195,11 +195,12 @@ def memory_of(cache: KVCache) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
     for storage in cache.engine.storages.values():
         found += (storage.k_pages, storage.v_pages)
+        found += [] if storage.bounds is None else [storage.bounds]
     for layer in cache.engine.layers:
         if layer.store is not None:
             store = layer.store
             found += (store.table, store.counts, store.positions, store.columns)
-            found += [x for x in (layer.budgets, layer.recent) if x is not None]
+            found += [x for x in (layer.budgets, layer.recent, layer.events) if x is not None]
             found += [x for x in layer.state.values() if isinstance(x, Tensor)]
     found += cache.engine.inputs()
     return tuple(found)

@@ -1,4 +1,4 @@
-"""One CUDA graph per decode step, replayed inside unmodified generate(): right while lengths, pages and evictions change.
+"""One CUDA graph per decode step, replayed inside unmodified generate(), while lengths, pages and evictions change.
 
 Without a GPU, captures are those of support/pretend_gpu.py: a capture records the ops and runs nothing, a replay runs
 them on the same memory, and whatever CUDA refuses while capturing is refused.
@@ -17,7 +17,7 @@ import kvcache
 
 ROWS = [prompt(n, seed=20 + n)[0] for n in (30, 19, 25)]
 #: Policies whose steps need no word from the device.
-CAPTURED = ("full", "streamingllm", "h2o", "random", "skipdecode")
+CAPTURED = ("full", "streamingllm", "h2o", "random", "skipdecode", "tokenselect", "tokenselect-shortlist")
 
 
 @pytest.fixture(params=[pytest.param("pretended", marks=pytest.mark.cpu), pytest.param("cuda", marks=pytest.mark.cuda)])
