@@ -64,7 +64,7 @@ class Layer:
     def counters(self) -> Counter[str]:
         """Events so far. What a device has counted is fetched, which waits for it."""
         if self.events is not None:
-            for name, times in zip(EVENTS, self.events.tolist()):
+            for name, times in zip(EVENTS, self.events.cpu().tolist()):
                 if times:
                     self._counters[name] += times
             self.events.zero_()
