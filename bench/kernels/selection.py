@@ -4,8 +4,10 @@
 
 "scores": q·K over all pages, softmax per head, vote; "topk"; "attend" over the selection; "exact" is the three in a
 row. "page scores": bounds of all pages; "two-stage" is bounds, shortlist (a page in eight), exact vote inside it, top
-k and attention. "dense" reads everything. Keys come in stretches of 60 tokens about one thing and the query is about
-three of them, so that a shortlist can be right; "recall" is the share of the exact selection that "two-stage" finds.
+k and attention. "step reuses", "step selects" and "step in two stages" are select_tokens, a policy's whole step in one
+op: the comparison with the query before, and what follows from it. "dense" reads everything. Keys come in stretches of
+60 tokens about one thing and the query is about three of them, so that a shortlist can be right; "recall" is the share
+of the exact selection that "two-stage" finds.
 
 The baseline "torch" does the same on contiguous keys: packed matmul, softmax, sum over the heads; torch.topk; a gather
 of keys and values, then SDPA. For the chains it is dense decode attention, ours. Bytes are those of the keys, bounds
@@ -82,6 +84,18 @@ def measure(bench, context, query_heads, heads, dim, k, kind):
             q[c], x.k, bounds[c], x.table, x.counts, x.positions, first, end, scale, k, shortlist, width=width
         )
 
+    def state(c):
+        index = torch.full((1, 1, width + local), -1, dtype=torch.int32, device=bench.device)
+        none = bench.ints([0])
+        return [q[c].clone(), index, bench.ints([[0]]), none, none.clone(), bench.ints([0, 0])]
+
+    def step(c, reuse, stages):
+        x, (query, index, counts, until, at, events) = pages[c], states[c]
+        ops.select_tokens(
+            q[c], *x.keys, last, None, None, bounds[c] if stages else None, query, index, counts, until, at, events,
+            sinks, k, local, reuse, scale, True, shortlist if stages else 0,
+        )  # fmt: skip
+
     def dense(c):
         nothing = (None, None, None, None, None, None)
         return ops.decode_attention(q[c], *pages[c].args(), *nothing, scale, plan=plan)[0]
@@ -98,7 +112,12 @@ def measure(bench, context, query_heads, heads, dim, k, kind):
     chosen = [choose(c, scored[c]) for c in range(copies)]
     torch_chosen = [x[0].topk(width).indices for x in torch_scored]
     recall = selection_recall(*two_stage(0), *chosen[0], pages[0].positions, first, end).mean()
+    states, last = [state(c) for c in range(copies)], bench.ints([context - 1])
+    for c in range(copies):
+        step(c, 0.9, False)
     runs = {
+        "ours step reuses": lambda c: step(c, 0.9, False), "ours step selects": lambda c: step(c, 2.0, False),
+        "ours step in two stages": lambda c: step(c, 2.0, True),
         "ours scores": scores, "ours topk": lambda c: choose(c, scored[c]),
         "ours attend": lambda c: attend(c, *chosen[c]),
         "ours page scores": lambda c: ops.page_scores(q[c], bounds[c], *pages[c].keys[1:], first, end, scale),
@@ -118,7 +137,8 @@ def measure(bench, context, query_heads, heads, dim, k, kind):
     moved = {
         "scores": (keys, "torch scores"), "topk": (8 * context, "torch topk"), "attend": (read, "torch attend"),
         "page scores": (keys // 8, None), "similarity": (0, "torch similarity"), "exact": (keys + read, "dense"),
-        "two-stage": (stage + read, "dense"),
+        "two-stage": (stage + read, "dense"), "step reuses": (0, None), "step selects": (keys, None),
+        "step in two stages": (stage, None),
     }  # fmt: skip
     rows = []
     for op, (nbytes, peer) in moved.items():

@@ -17,7 +17,16 @@ import kvcache
 
 ROWS = [prompt(n, seed=20 + n)[0] for n in (30, 19, 25)]
 #: Policies whose steps need no word from the device.
-CAPTURED = ("full", "streamingllm", "h2o", "random", "skipdecode", "tokenselect", "skipdecode|tokenselect")
+CAPTURED = (
+    "full",
+    "streamingllm",
+    "h2o",
+    "random",
+    "skipdecode",
+    "tokenselect",
+    "tokenselect-shortlist",
+    "skipdecode|tokenselect",
+)
 
 
 @pytest.fixture(params=[pytest.param("pretended", marks=pytest.mark.cpu), pytest.param("cuda", marks=pytest.mark.cuda)])

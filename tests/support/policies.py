@@ -25,6 +25,7 @@ POLICIES: dict[str, Policy] = {
     "tokenselect": TokenSelect(**SELECT),
     "tokenselect-raw": TokenSelect(**SELECT, vote="raw"),
     "tokenselect-compact": TokenSelect(**SELECT, positions="compact"),
+    "tokenselect-shortlist": TokenSelect(**SELECT, shortlist=1.0),  # of all pages: the exact selection
     "skipdecode": SkipDecode(**SKIP),
     "skipdecode-n_max": SkipDecode(**SKIP, prompt="n_max"),
     "skipdecode-schedule": SkipDecode(**SKIP, prompt="schedule", warmup=0),
