@@ -162,7 +162,7 @@ inline void vote_logits(const Election& e, int64_t begin, int64_t end) {
       const Tile& tile = tiles[now];
       const Tile& following = tiles[now ^ 1];
       more = next_tile(places, tiles[now ^ 1], positions[now ^ 1]);
-      dot_tile<T>(tile, Ahead{following.k, more ? row_bytes : 0, head_passes(group)}, q, group, dim, logits);
+      dot_tile<T>(tile, Ahead(following.k, more ? row_bytes : 0, dot_steps(group)), q, group, dim, logits);
       if (e.soft) follow_softmax(tile, positions[now], first, last, group, logits, peaks, masses);
       for (int g = 0; g < group; ++g) memcpy(kept + g * e.width + tile.first, logits + g * kTile, size_t(tile.n) * 4);
     }

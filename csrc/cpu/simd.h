@@ -112,6 +112,19 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// fma(a, b, sum) where many sums are to stay in registers. As an instruction of its own: otherwise g++ 12 also makes the
+// forms that overwrite a factor, with copies to save it, and loads rows long before their use, until sums are spilled.
+inline Vec add_product(Vec a, Vec b, Vec sum) {
+#if defined(KVCACHE_SIMD_AVX512)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#elif defined(KVCACHE_SIMD_AVX2)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum = a * b + sum;
+#endif
+  return sum;
+}
+
 inline float reduce_max(Vec x) {
 #if defined(KVCACHE_SIMD_AVX512)
   return _mm512_reduce_max_ps(x);
@@ -250,14 +263,19 @@ template <>
 struct Storage<Float16> {
 #if defined(KVCACHE_SIMD_AVX512) || defined(KVCACHE_SIMD_AVX2)
   static constexpr int lane(int i) { return i; }
-  static inline void widen(Uint x, Vec& a, Vec& b) {
+  // The conversions read memory themselves: no vector has to be taken apart.
+  static inline void load_chunk(const Float16* p, Vec& a, Vec& b) {
 #if defined(KVCACHE_SIMD_AVX512)
-    a = _mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)x)),
-    b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)x, 1));
+    a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+    b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kLanes)));
 #else
-    a = _mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)x)),
-    b = _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1));
+    a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+    b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + kLanes)));
 #endif
+  }
+  static inline void load_first(const Float16* p, int n, Vec& a, Vec& b) {
+    const Uint x = load_first_halves(&p->bits, n);
+    load_chunk(reinterpret_cast<const Float16*>(&x), a, b);
   }
 #else
   static constexpr int lane(int i) { return paired_lane(i); }
@@ -268,11 +286,11 @@ struct Storage<Float16> {
     return (Vec)(magnitude | special | ((h & 0x8000u) << 16));
   }
   static inline void widen(Uint x, Vec& a, Vec& b) { a = widen_half(x & 0xffffu), b = widen_half(x >> 16); }
-#endif
   static inline void load_chunk(const Float16* p, Vec& a, Vec& b) { widen(load_halves(p), a, b); }
   static inline void load_first(const Float16* p, int n, Vec& a, Vec& b) {
     widen(load_first_halves(&p->bits, n), a, b);
   }
+#endif
 };
 
 inline const char* element(const void* data, DType dtype, int64_t i) {
