@@ -170,7 +170,8 @@ inline void decode_part(const AttentionParams& p, int64_t row, int64_t head, Wal
   for (int now = 0; more; now ^= 1) {
     const Tile& tile = tiles[now];
     state.any = true;
-    dot_tile<T>(tile, Ahead(tile.v, v_bytes, dot_steps(group)), q, group, p.view.k_dim, logits);
+    Ahead values(tile.v, v_bytes, dot_steps(group));
+    dot_tile<T>(tile, values, q, group, p.view.k_dim, logits);
     if (p.softcap > 0 || p.bias) adjust_logits(p, row, head, group, tile, logits);
     if (p.statistics) {
       for (int g = 0; g < group; ++g) {

@@ -200,7 +200,7 @@ inline void hide_tail(const Tile& tile, int group, float* logits) {
 
 // logits[group][kTile] = q . k for a tile, -inf behind its entries up to a whole vector.
 template <class T>
-inline void dot_tile(const Tile& tile, Ahead ahead, const float* q, int group, int dim, float* logits) {
+inline void dot_tile(const Tile& tile, Ahead& ahead, const float* q, int group, int dim, float* logits) {
   const int stride = (dim + kChunk - 1) / kChunk * kChunk;
   for (int i = 0; i < tile.n; i += kLanes) {
     for (int g = 0; g < group;) {

@@ -212,9 +212,17 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
       _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
   return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
 #elif defined(KVCACHE_SIMD_AVX2)
-  const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-  const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
-  return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  // Blends run where shuffles cannot, so halves are swapped on one side only: half the shuffles of three rounds of hadd.
+  __m256 two[4];  // [i]: four partial sums of a[i], then of a[i + 4]
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    two[i] = _mm256_add_ps(_mm256_blend_ps(a[i], a[i + 4], 0xf0), _mm256_permute2f128_ps(a[i], a[i + 4], 0x21));
+  __m256 four[2];  // [i]: two partial sums of each of a[2 i], a[2 i + 1], a[2 i + 4], a[2 i + 5]
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    four[i] = _mm256_add_ps(_mm256_blend_ps(two[2 * i], two[2 * i + 1], 0xcc),
+                            _mm256_shuffle_ps(two[2 * i], two[2 * i + 1], 0x4e));
+  return _mm256_hadd_ps(four[0], four[1]);
 #else
   const Vec x = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5) + __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
   const Vec y = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5) + __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
