@@ -6,8 +6,9 @@
 Everything that is compared runs in one process, in turns, on several sets of inputs; a figure is the median.
 
 * **cpu**: as many sets as leave the second cache level cold. One thread is timed by its CPU time, so that neighbours on
-  the machine disturb less; several threads by the clock. The limits are a stream through the very same pools, front to
-  back, and multiply-adds in registers (csrc/cpu/probe.inl), both in the same rounds.
+  the machine disturb less; several threads by the clock. The limits are a stream through the very same pools,
+  front to back with four pages of memory at a time, and multiply-adds in registers (csrc/cpu/probe.inl), both in the
+  same rounds.
 * **cuda**: each contender is a CUDA graph that goes once through all sets, together more than five times the L2; the
   launch of a replay hides behind a kernel that sleeps. Where the inputs are too small for that, every call is a graph
   of its own behind a flush of the L2, and the row says "flushed". What cannot be captured is timed without a graph and

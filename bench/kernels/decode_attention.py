@@ -4,7 +4,9 @@
 
 Pages of 16 entries lie in random order. Peers read contiguous keys and values, or pages of their own layout.
 "statistics" is what heavy hitters cost: the attention probabilities added to the score column in the same call. "plan"
-shares out the entries of 32 layers, once per step, and is not part of the other times.
+shares out the entries of 32 layers, once per step, and is not part of the other times. On a CPU also: the same call
+with the pages in order, and "listed", an eighth of the entries, picked at random (what sparse decode reads), each as a
+share of its own limit.
 """
 
 import torch
@@ -20,9 +22,12 @@ def shapes(bench: Bench) -> list[tuple]:
     if bench.kind == "emulated":
         return [(2, 320, 8, 2, 64, "bfloat16")]
     if bench.kind == "cpu":
-        some = [(1, 8192, 32, 8, 128), (1, 32768, 32, 8, 128), (1, 8192, 8, 2, 64), (1, 32768, 8, 2, 64)]
-        kinds = ("float32", "bfloat16") if bench.options.quick else DTYPES
-        return [(*shape, kind) for shape in (some[::2] if bench.options.quick else some) for kind in kinds]
+        some = [
+            (1, 8192, 32, 8, 128), (1, 32768, 8, 2, 64), (1, 512, 32, 8, 128), (8, 2048, 32, 8, 128),
+            (1, 4096, 32, 32, 128), (1, 32768, 32, 8, 128), (1, 8192, 8, 2, 64), (8, 4096, 8, 2, 64),
+        ]  # fmt: skip
+        kinds = DTYPES if bench.options.full else ("float32", "bfloat16")
+        return [(*shape, kind) for shape in (some[:2] if bench.options.quick else some) for kind in kinds]
     if bench.options.full:
         heads = ((32, 8), (32, 4), (64, 8), (8, 8))
         contexts = (1024, 4096, 16384, 32768, 131072)
@@ -54,7 +59,15 @@ def measure(bench, rows, context, query_heads, heads, dim, kind):
 
     peers, names = attention_peers(Work(bench, [x[:, :, None] for x in q], pages, scale), lambda c: call(c, True))
     runs = {"ours": call, "ours, statistics": lambda c: call(c, statistics=statistics[c]), **peers}
-    if bench.kind != "cpu":
+    listed = context // 8
+    if bench.kind == "cpu":
+        lists = [torch.randperm(context)[:listed].sort()[0].int().repeat(rows, 1, 1) for _ in range(copies)]
+        lengths = bench.ints([[listed]] * rows)
+        runs["ours, in order"] = lambda c: call(c, True)
+        runs["ours, listed"] = lambda c: ops.decode_attention(
+            q[c], *pages[c].args(), None, None, None, lists[c], lengths, None, scale
+        )[0]
+    else:
         layers = pages[0].counts.repeat(32, 1, 1)
         runs["ours, plan"] = lambda c: ops.plan_decode(layers, 0, context)
     times = bench.compare(runs, copies, pools=lambda c: (pages[c].k, pages[c].v))
@@ -62,6 +75,10 @@ def measure(bench, rows, context, query_heads, heads, dim, kind):
     row = bench.row(cells, times, nbytes=nbytes, flops=flops, peers=names)
     plain, counted = times.seconds["ours"], times.seconds["ours, statistics"]
     row["statistics +%"] = 100 * (counted / plain - 1) if plain and counted else None
+    for name, share in (("in order", 1), ("listed", 1 / 8)) if bench.kind == "cpu" and plain else ():
+        taken = times.seconds[f"ours, {name}"]
+        row[f"{name} {bench.time_unit}"] = bench.shown(taken)
+        row[f"{name} % of limit"] = row["% of limit"] * share * plain / taken
     if "ours, plan" in runs:
         row[f"plan {bench.time_unit}"] = bench.shown(times.seconds["ours, plan"])
     return [row]

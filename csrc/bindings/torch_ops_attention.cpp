@@ -260,6 +260,12 @@ void selection_params(const AttentionChecker& check, Backend backend, const Atte
   check.live_pages(p.view);
 }
 
+// Memory for the weights of every query head, and each tile's peak and mass.
+template <class Check>
+Tensor vote_scratch(const Check& check, const Tensor& q, int64_t rows, int64_t query_heads, int64_t width) {
+  return check.scratch(q, rows * query_heads * cpu::selection_line_floats(width) * int64_t{sizeof(float)});
+}
+
 template <Backend B>
 Tensor selection_scores(const Tensor& q, const Tensor& k_pages, const Tensor& table, const Tensor& counts,
                         const Tensor& positions, const Tensor& first, const Tensor& end, double scale, bool soft,
@@ -294,12 +300,13 @@ Tensor selection_scores(const Tensor& q, const Tensor& k_pages, const Tensor& ta
   } else {
     std::fill_n(p.scores, lines * width, kNegInf);
     if (items == 0 || p.query_heads == 0) return out;
-    const Tensor memory = check.scratch(q, int64_t(p.view.rows) * p.query_heads * width * int64_t{sizeof(float)});
+    const Tensor memory = vote_scratch(check, q, p.view.rows, p.query_heads, width);
     p.scratch = memory.mutable_data<float>();
-    const int64_t most = std::min(width, max_count(p.view));
-    abi::parallel_for(items, grain(most * p.view.k_dim),
+    const int64_t logit_pieces = cpu::place_pieces(width, cpu::kLogitPlaces);
+    abi::parallel_for(items * logit_pieces, grain(std::min(width, cpu::kLogitPlaces) * p.view.k_dim),
                       [&](int64_t begin, int64_t end) { cpu::table().selection_logits(p, begin, end); });
-    abi::parallel_for(lines, grain(most * p.query_heads / voting),
+    abi::parallel_for(lines * cpu::place_pieces(width, cpu::kVotePlaces),
+                      grain(std::min(width, cpu::kVotePlaces) * p.query_heads / voting),
                       [&](int64_t begin, int64_t end) { cpu::table().selection_vote(p, begin, end); });
   }
   return out;
@@ -345,13 +352,14 @@ Tensor page_scores(const Tensor& q, const Tensor& bounds, const Tensor& table, c
   } else {
     std::fill_n(p.scores, view.rows * voting * view.table_width, kNegInf);
     if (items == 0 || p.query_heads == 0) return out;
-    const Tensor memory =
-        check.scratch(q, int64_t(view.rows) * p.query_heads * view.table_width * int64_t{sizeof(float)});
+    const int64_t width = view.table_width;
+    const Tensor memory = vote_scratch(check, q, view.rows, p.query_heads, width);
     p.scratch = memory.mutable_data<float>();
-    abi::parallel_for(items, grain(2 * int64_t(view.table_width) * view.k_dim),
+    abi::parallel_for(items * cpu::place_pieces(width, cpu::kLogitPlaces),
+                      grain(2 * std::min(width, cpu::kLogitPlaces) * view.k_dim),
                       [&](int64_t begin, int64_t end) { cpu::table().page_logits(p, begin, end); });
-    abi::parallel_for(view.rows * voting,
-                      grain(int64_t(view.table_width) * p.query_heads / std::max<int64_t>(voting, 1)),
+    abi::parallel_for(view.rows * voting * cpu::place_pieces(width, cpu::kVotePlaces),
+                      grain(std::min(width, cpu::kVotePlaces) * p.query_heads / std::max<int64_t>(voting, 1)),
                       [&](int64_t begin, int64_t end) { cpu::table().page_vote(p, begin, end); });
   }
   return out;

@@ -57,16 +57,27 @@ struct Scored {
   }
 };
 
-// Runs `kernel` for every (row, head) of some rows.
+// Runs `kernel` for the `items` of every one of some rows.
 template <class Params>
-void each_head(const std::vector<int64_t>& rows, int64_t heads, int64_t work, const Params& p,
-               void (*kernel)(const Params&, int64_t, int64_t)) {
-  abi::parallel_for(int64_t(rows.size()) * heads, grain(work), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t item = rows[i / heads] * heads + i % heads;
-      kernel(p, item, item + 1);
+void each_row(const std::vector<int64_t>& rows, int64_t items, int64_t work, const Params& p,
+              void (*kernel)(const Params&, int64_t, int64_t)) {
+  abi::parallel_for(int64_t(rows.size()) * items, grain(work), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t row = rows[begin / items], from = begin % items, n = std::min(items - from, end - begin);
+      kernel(p, row * items + from, row * items + from + n);
+      begin += n;
     }
   });
+}
+
+// The vote of all heads over lines of `width` places; `work`: per place and head.
+template <class Params>
+void vote(const std::vector<int64_t>& rows, int64_t width, int64_t work, const Params& p,
+          void (*logits)(const Params&, int64_t, int64_t), void (*sums)(const Params&, int64_t, int64_t)) {
+  each_row(rows, p.view.heads * cpu::place_pieces(width, cpu::kLogitPlaces), std::min(width, cpu::kLogitPlaces) * work,
+           p, logits);
+  each_row(rows, cpu::place_pieces(width, cpu::kVotePlaces), std::min(width, cpu::kVotePlaces) * p.query_heads, p,
+           sums);
 }
 
 // Lines of [rows, 1, capacity] of the whole row's positions and counts, for topk.
@@ -100,7 +111,7 @@ void shortlist_pages(const Checker& check, const Tensor& like, const SelectToken
   bound.scale = p.scale;
   bound.soft = p.soft;
   bound.scores = s.floats(check, like, view.rows * columns);
-  bound.scratch = s.floats(check, like, int64_t(view.rows) * p.query_heads * columns);
+  bound.scratch = s.floats(check, like, int64_t(view.rows) * p.query_heads * cpu::selection_line_floats(columns));
   // To topk a page is an entry whose position is its column, and all are candidates.
   TopKParams t{};
   t.rows = view.rows;
@@ -126,9 +137,8 @@ void shortlist_pages(const Checker& check, const Tensor& like, const SelectToken
   t.width = listed;
   t.index = s.ints(check, like, view.rows * listed);
   t.index_counts = page_counts;
-  each_head(rows, view.heads, 2 * columns * view.k_dim, bound, cpu::table().page_logits);
-  each_head(rows, 1, columns * p.query_heads, bound, cpu::table().page_vote);
-  each_head(rows, 1, 8 * columns, t, cpu::table().topk);
+  vote(rows, columns, 2 * view.k_dim, bound, cpu::table().page_logits, cpu::table().page_vote);
+  each_row(rows, 1, 8 * columns, t, cpu::table().topk);
   s.scores.pages = s.topk.pages = t.index;
   s.scores.page_counts = s.topk.page_counts = page_counts;
   s.scores.page_width = s.topk.page_width = s.topk.pages_stride[0] = listed;
@@ -166,17 +176,16 @@ void select_on_cpu(const Checker& check, const Tensor& like, SelectTokensParams&
   if (p.bounds) shortlist_pages(check, like, p, rows, s);
   const int64_t width = votes.page_counts ? votes.page_width * view.page_size : view.capacity;
   votes.scores = s.floats(check, like, view.rows * width);
-  votes.scratch = s.floats(check, like, int64_t(view.rows) * p.query_heads * width);
+  votes.scratch = s.floats(check, like, int64_t(view.rows) * p.query_heads * cpu::selection_line_floats(width));
   for (int64_t r : rows) std::fill_n(votes.scores + r * width, width, kNegInf);
   const int64_t most = std::min(width, max_count(view));
-  each_head(rows, view.heads, most * view.k_dim, votes, cpu::table().selection_logits);
-  each_head(rows, 1, most * p.query_heads, votes, cpu::table().selection_vote);
+  vote(rows, width, view.k_dim, votes, cpu::table().selection_logits, cpu::table().selection_vote);
   s.topk.scores = votes.scores;
   s.topk.scores_stride[0] = width;
   s.topk.index = p.index;
   s.topk.index_counts = p.index_counts;
   s.topk.width = p.width;
-  each_head(rows, 1, 8 * most, s.topk, cpu::table().topk);
+  each_row(rows, 1, 8 * most, s.topk, cpu::table().topk);
 }
 
 template <Backend B>

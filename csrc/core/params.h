@@ -123,7 +123,7 @@ struct SelectionParams {
   // [rows, per_head ? heads : 1, width], width = page_counts ? page_width * page_size : capacity. On the CPU filled with -inf
   // by the caller.
   float* scores;
-  float* scratch;         // CPU: [rows, query_heads, width] logits; GPU: see cuda/kernels.h
+  float* scratch;         // CPU: see attention_plan.h: selection_line_floats; GPU: see cuda/kernels.h
   const int32_t* active;  // GPU: [rows] or null; rows of 0 are left alone
 };
 
@@ -137,7 +137,7 @@ struct PageScoresParams {
   float scale;
   bool soft, per_head;
   float* scores;          // [rows, per_head ? heads : 1, table_width]
-  float* scratch;         // CPU: [rows, query_heads, table_width] logits; GPU: see cuda/kernels.h
+  float* scratch;         // CPU: as SelectionParams::scratch; GPU: see cuda/kernels.h
   const int32_t* active;  // GPU: [rows] or null; rows of 0 are left alone
 };
 

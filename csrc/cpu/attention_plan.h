@@ -36,6 +36,15 @@ namespace kvcache::cpu {
   return latent_partial_floats(p) + logits;
 }
 
+// Selection scores: places of one work item of the logits and of the vote, and of a tile, which keeps a softmax of its own.
+static constexpr int64_t kLogitPlaces = 4096, kVotePlaces = 8192, kPlaceTile = 128;
+// Pieces of a line of `width` places.
+[[maybe_unused]] static int64_t place_pieces(int64_t width, int64_t piece) { return (width + piece - 1) / piece; }
+// Floats of `scratch` for one query head: [width] weights relative to their tile's peak, then [tiles] peaks and [tiles] masses.
+[[maybe_unused]] static int64_t selection_line_floats(int64_t width) {
+  return width + 2 * place_pieces(width, kPlaceTile);
+}
+
 // Slots of one column-sum work item; a (row, head) has ceil(capacity / block) items (those beyond its count are free).
 static constexpr int64_t kColumnBlock = 96;
 // The same of latent attention's statistics; a row has ceil(capacity / block) items.

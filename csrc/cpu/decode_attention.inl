@@ -15,74 +15,81 @@ struct DecodeState {
   bool any;     // an entry was visible, be its logit -inf
 };
 
+constexpr int kValues = 32;  // entries that are summed in all heads and chunks before the next: they stay in the first
+                             // cache level
+
 // sums[H][..] += weights[H][n] . rows for C chunks, with the accumulators in registers; kRest: the chunk that ends a row.
 template <class T, int H, int C, bool kRest>
-inline void add_rows(const Tile& tile, const Ahead& ahead, const float* weights, int chunk, int rest, int stride,
-                     float* sums) {
+inline void add_rows(const char* const* rows, int n, Ahead& ahead, const float* weights, int chunk, int rest,
+                     int stride, float* sums) {
   Vec total[H][2 * C];
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h)
 #pragma GCC unroll 16
     for (int c = 0; c < 2 * C; ++c) total[h][c] = load(sums + h * stride + chunk * kChunk + c * kLanes);
-  for (int i = 0; i < tile.n; ++i) {
-    ahead.step(i);
-    const T* v = reinterpret_cast<const T*>(tile.v[i]) + chunk * kChunk;
-    Vec row[2 * C];
+  const auto add = [&](int i) __attribute__((always_inline)) {
+    const T* v = reinterpret_cast<const T*>(rows[i]) + chunk * kChunk;
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      if constexpr (kRest) Storage<T>::load_first(v, rest, row[2 * c], row[2 * c + 1]);
-      else Storage<T>::load_chunk(v + c * kChunk, row[2 * c], row[2 * c + 1]);
-    }
+      Vec row[2];
+      if constexpr (kRest) Storage<T>::load_first(v, rest, row[0], row[1]);
+      else Storage<T>::load_chunk(v + c * kChunk, row[0], row[1]);
 #pragma GCC unroll 8
-    for (int h = 0; h < H; ++h) {
-      const Vec w = splat(weights[h * kTile + i]);
-#pragma GCC unroll 16
-      for (int c = 0; c < 2 * C; ++c) total[h][c] = fma(w, row[c], total[h][c]);
+      for (int h = 0; h < H; ++h) {
+        const Vec w = splat(weights[h * kTile + i]);
+        total[h][2 * c] = add_product(w, row[0], total[h][2 * c]);
+        total[h][2 * c + 1] = add_product(w, row[1], total[h][2 * c + 1]);
+      }
     }
+  };
+  int i = 0;
+  for (; i + 4 <= n; i += 4) {
+    ahead.step();
+    add(i), add(i + 1), add(i + 2), add(i + 3);
   }
+  for (; i < n; ++i) add(i);
 #pragma GCC unroll 8
   for (int h = 0; h < H; ++h)
 #pragma GCC unroll 16
     for (int c = 0; c < 2 * C; ++c) store(sums + h * stride + chunk * kChunk + c * kLanes, total[h][c]);
 }
 
-// Chunks of a row that are summed at once: accumulators that fit the register file beside the row's vectors.
-constexpr int chunks_at_once(int heads) { return kLanes == 16 ? (heads == 4 ? 2 : 4) : (heads == 4 ? 1 : 2); }
-inline int value_passes(int group, int dim) {
+// Chunks of a row that are summed at once: as many as give enough independent sums and fit the registers.
+constexpr int chunks_at_once(int heads) { return kLanes == 16 ? (heads == 4 ? 2 : 4) : 4 / heads; }
+
+// Steps that add_tile takes over a whole tile.
+inline int64_t value_steps(int group, int dim) {
   const int whole = dim / kChunk, rest = dim % kChunk != 0;
   auto passes = [&](int heads) { return whole / chunks_at_once(heads) + whole % chunks_at_once(heads) + rest; };
-  return group / 4 * passes(4) + (group >> 1 & 1) * passes(2) + (group & 1) * passes(1);
+  return int64_t(kTile / 4) * (group / 4 * passes(4) + (group >> 1 & 1) * passes(2) + (group & 1) * passes(1));
 }
 
 template <class T, int H>
-inline void add_heads(const Tile& tile, Ahead ahead, int& pass, const float* weights, int dim, float* sums) {
+inline void add_heads(const char* const* rows, int n, Ahead& ahead, const float* weights, int dim, float* sums) {
   constexpr int kMost = chunks_at_once(H);
   const int whole = dim / kChunk, rest = dim % kChunk, stride = (dim + kChunk - 1) / kChunk * kChunk;
   int c = 0;
-  for (; c + kMost <= whole; c += kMost) {
-    ahead.start_pass(pass++);
-    add_rows<T, H, kMost, false>(tile, ahead, weights, c, 0, stride, sums);
+  for (; c + kMost <= whole; c += kMost) add_rows<T, H, kMost, false>(rows, n, ahead, weights, c, 0, stride, sums);
+  if constexpr (kMost > 1) {
+    for (; c < whole; ++c) add_rows<T, H, 1, false>(rows, n, ahead, weights, c, 0, stride, sums);
   }
-  for (; c < whole; ++c) {
-    ahead.start_pass(pass++);
-    add_rows<T, H, 1, false>(tile, ahead, weights, c, 0, stride, sums);
-  }
-  if (rest) {
-    ahead.start_pass(pass++);
-    add_rows<T, H, 1, true>(tile, ahead, weights, c, rest, stride, sums);
-  }
+  if (rest) add_rows<T, H, 1, true>(rows, n, ahead, weights, c, rest, stride, sums);
 }
 
 // sums += weights . values of a tile.
 template <class T>
-inline void add_tile(const Tile& tile, const Ahead& ahead, const float* weights, int group, int dim, float* sums) {
+inline void add_tile(const Tile& tile, Ahead ahead, const float* weights, int group, int dim, float* sums) {
   const int stride = (dim + kChunk - 1) / kChunk * kChunk;
-  for (int g = 0, pass = 0; g < group;) {
-    const int left = group - g;
-    const float* w = weights + g * kTile;
-    if (left >= 4) add_heads<T, 4>(tile, ahead, pass, w, dim, sums + g * stride), g += 4;
-    else if (left >= 2) add_heads<T, 2>(tile, ahead, pass, w, dim, sums + g * stride), g += 2;
-    else add_heads<T, 1>(tile, ahead, pass, w, dim, sums + g * stride), g += 1;
+  for (int i = 0; i < tile.n; i += kValues) {
+    const int n = tile.n - i < kValues ? tile.n - i : kValues;
+    const char* const* rows = tile.v + i;
+    for (int g = 0; g < group;) {
+      const int left = group - g;
+      const float* w = weights + g * kTile + i;
+      if (left >= 4) add_heads<T, 4>(rows, n, ahead, w, dim, sums + g * stride), g += 4;
+      else if (left >= 2) add_heads<T, 2>(rows, n, ahead, w, dim, sums + g * stride), g += 2;
+      else add_heads<T, 1>(rows, n, ahead, w, dim, sums + g * stride), g += 1;
+    }
   }
 }
 
@@ -163,7 +170,8 @@ inline void decode_part(const AttentionParams& p, int64_t row, int64_t head, Wal
   for (int now = 0; more; now ^= 1) {
     const Tile& tile = tiles[now];
     state.any = true;
-    dot_tile<T>(tile, Ahead{tile.v, v_bytes, head_passes(group)}, q, group, p.view.k_dim, logits);
+    Ahead values(tile.v, v_bytes, dot_steps(group));
+    dot_tile<T>(tile, values, q, group, p.view.k_dim, logits);
     if (p.softcap > 0 || p.bias) adjust_logits(p, row, head, group, tile, logits);
     if (p.statistics) {
       for (int g = 0; g < group; ++g) {
@@ -176,7 +184,7 @@ inline void decode_part(const AttentionParams& p, int64_t row, int64_t head, Wal
     update_softmax(tile, group, stride, logits, state);
     more = next_tile(walk, tiles[now ^ 1]);
     const Tile& following = tiles[now ^ 1];
-    add_tile<T>(tile, Ahead{following.k, more ? k_bytes : 0, value_passes(group, dim)}, logits, group, dim, state.sums);
+    add_tile<T>(tile, Ahead(following.k, more ? k_bytes : 0, value_steps(group, dim)), logits, group, dim, state.sums);
   }
 }
 

@@ -33,7 +33,7 @@ struct Walk {
   bool filtered() const { return index || window_start != INT32_MIN; }
 };
 
-constexpr int kStreams = 8;  // places of a tile that are fetched in turns, see Ahead
+constexpr int kStreams = 4;  // places of a tile that are fetched in turns, see Ahead
 
 struct Tile {
   int n;            // entries, at most kTile
@@ -75,7 +75,8 @@ inline bool next_tile(Walk& walk, Tile& tile) {
     for (; walk.next < walk.end && tile.n < kTile; ++walk.next) {
       const int64_t slot = walk.slot(walk.next);
       if (slot < 0 || slot >= walk.count || walk.positions[slot] < walk.window_start) continue;
-      const int64_t row = walk.table[slot / size] * size + slot % size;
+      const uint32_t page = uint32_t(slot) / uint32_t(size);  // half the time of a 64-bit division
+      const int64_t row = walk.table[page] * size + (slot - page * size);
       tile.k[tile.n] = k_pages + row * k_bytes;
       tile.v[tile.n] = v_pages ? v_pages + row * v_bytes : tile.k[tile.n];
       tile.slot[tile.n] = int32_t(slot);
@@ -122,9 +123,9 @@ inline __attribute__((always_inline)) void dot_chunk(const char* const* rows, co
     if constexpr (kRest) Storage<T>::load_first(k, rest, k0, k1);
     else Storage<T>::load_chunk(k, k0, k1);
 #pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) sums[h * kRows + i] = fma(k0, q0[h], sums[h * kRows + i]);
+    for (int h = 0; h < H; ++h) sums[h * kRows + i] = add_product(k0, q0[h], sums[h * kRows + i]);
 #pragma GCC unroll 4
-    for (int h = 0; h < H; ++h) sums[h * kRows + i] = fma(k1, q1[h], sums[h * kRows + i]);
+    for (int h = 0; h < H; ++h) sums[h * kRows + i] = add_product(k1, q1[h], sums[h * kRows + i]);
   }
 }
 
@@ -146,39 +147,49 @@ inline void dot_rows(const char* const* rows, const float* q, int dim, float* lo
   }
 }
 
-// Rows that are read next, asked for at the pace at which the current ones are worked through: bursts would fill the line
-// buffers and then leave the memory idle. Into the second cache level, where the hardware's prefetcher joins in. That one
-// needs a few misses at the start of every 4 KB before it runs ahead, hence the turns: several pages start at once
-// (measured with shuffled pages of 4 KB: 7 GB/s in order, 12 in turns of 8, of the 14 of a plain stream).
-// The passes over a tile share a row's bytes.
+// The rows of a tile that is read next, asked for at the pace at which the current one is worked through: bursts would fill
+// the line buffers and then leave the memory idle. Into the second cache level, where the hardware's prefetcher joins in.
+// That one needs a few misses at the start of every 4 KB before it runs ahead, hence the streams: a line of one page, then
+// one of the next. (Measured on Zen 3, shuffled pages of 4 KB, GB/s: a page after the other 5, rows in turns 6, lines in
+// turns 8, where a plain stream reaches 9.)
 struct Ahead {
   const char* const* rows;  // [kTile]
   int64_t bytes;            // of a row; 0: nothing follows
-  int passes;
-  int64_t low = 0, high = 0;
+  int pairs, steps;         // of lines, to be asked for in so many steps
+  int credit = 0, turn = 0, stream = 0;
+  int64_t line = 0;
 
-  void start_pass(int pass) {
-    const int64_t lines = (bytes + 63) / 64;
-    low = lines * pass / passes * 64;
-    high = lines * (pass + 1) / passes * 64;
-  }
-  void step(int i) const {
-    const char* row = rows[i % kStreams * (kTile / kStreams) + i / kStreams];
-    for (int64_t b = low; b < high; b += 64) __builtin_prefetch(row + b, 0, 2);
+  Ahead(const char* const* rows, int64_t bytes, int64_t steps)
+      : rows(rows), bytes(bytes), pairs(int((bytes + 63) / 64) * (kTile / 2)), steps(int(steps)) {}
+
+  void step() {
+    constexpr int kRowsOfStream = kTile / kStreams;
+    for (credit += pairs; credit >= steps; credit -= steps) {
+      __builtin_prefetch(rows[turn + stream] + line, 0, 2);
+      __builtin_prefetch(rows[turn + stream + kRowsOfStream] + line, 0, 2);
+      if ((stream += 2 * kRowsOfStream) < kTile) continue;
+      stream = 0;
+      if ((line += 64) < bytes) continue;
+      line = 0;
+      ++turn;
+    }
   }
 };
 
+// Heads that are dotted at once: with more, their queries would not fit the registers beside the sums.
+constexpr int kDotHeads = kLanes == 16 ? 4 : 2;
+
+// Dots of H heads with kLanes rows, in H parts.
 template <class T, int H>
-inline void dot_heads(const Tile& tile, Ahead ahead, int pass, const float* q, int dim, float* logits) {
-  ahead.start_pass(pass);
-  for (int i = 0; i < tile.n; i += kLanes / H) {
-    for (int j = 0; j < kLanes / H; ++j) ahead.step(i + j);
-    dot_rows<T, H>(tile.k + i, q, dim, logits + i);
+inline void dot_heads(const char* const* rows, Ahead& ahead, const float* q, int dim, float* logits) {
+  for (int i = 0; i < kLanes; i += kLanes / H) {
+    ahead.step();
+    dot_rows<T, H>(rows + i, q, dim, logits + i);
   }
 }
 
-// Passes in which a group's heads are taken: 4, then 2, then 1 at a time.
-inline int head_passes(int group) { return group / 4 + (group >> 1 & 1) + (group & 1); }
+// Steps that dot_tile takes over a whole tile.
+inline int64_t dot_steps(int group) { return int64_t(kTile / kLanes) * group; }
 
 // -inf in the lanes between a tile's last entry and the end of its vector.
 inline void hide_tail(const Tile& tile, int group, float* logits) {
@@ -189,13 +200,17 @@ inline void hide_tail(const Tile& tile, int group, float* logits) {
 
 // logits[group][kTile] = q . k for a tile, -inf behind its entries up to a whole vector.
 template <class T>
-inline void dot_tile(const Tile& tile, const Ahead& ahead, const float* q, int group, int dim, float* logits) {
+inline void dot_tile(const Tile& tile, Ahead& ahead, const float* q, int group, int dim, float* logits) {
   const int stride = (dim + kChunk - 1) / kChunk * kChunk;
-  for (int g = 0, pass = 0; g < group; ++pass) {
-    const int left = group - g;
-    if (left >= 4) dot_heads<T, 4>(tile, ahead, pass, q + g * stride, dim, logits + g * kTile), g += 4;
-    else if (left >= 2) dot_heads<T, 2>(tile, ahead, pass, q + g * stride, dim, logits + g * kTile), g += 2;
-    else dot_heads<T, 1>(tile, ahead, pass, q + g * stride, dim, logits + g * kTile), g += 1;
+  for (int i = 0; i < tile.n; i += kLanes) {
+    for (int g = 0; g < group;) {
+      const int left = group - g;
+      const float* heads = q + g * stride;
+      float* to = logits + g * kTile + i;
+      if (left >= kDotHeads) dot_heads<T, kDotHeads>(tile.k + i, ahead, heads, dim, to), g += kDotHeads;
+      else if (left >= 2) dot_heads<T, 2>(tile.k + i, ahead, heads, dim, to), g += 2;
+      else dot_heads<T, 1>(tile.k + i, ahead, heads, dim, to), g += 1;
+    }
   }
   hide_tail(tile, group, logits);
 }

@@ -22,8 +22,8 @@ struct Table {
   void (*latent_combine)(const LatentParams&, int64_t begin, int64_t end);         // (row * tokens + token) * query_heads + query head; only when splits > 1
   void (*latent_statistics)(const LatentParams&, int64_t begin, int64_t end);      // row * column blocks + block; after the others
   void (*column_sums)(const ColumnSumsParams&, int64_t begin, int64_t end);        // (row * heads + head) * column blocks + block; see attention_plan.h
-  void (*selection_logits)(const SelectionParams&, int64_t begin, int64_t end);    // row * heads + head; also the softmax of soft
-  void (*selection_vote)(const SelectionParams&, int64_t begin, int64_t end);      // per_head ? row * heads + head : row; after all selection_logits
+  void (*selection_logits)(const SelectionParams&, int64_t begin, int64_t end);    // (row * heads + head) * logit pieces + piece; see attention_plan.h
+  void (*selection_vote)(const SelectionParams&, int64_t begin, int64_t end);      // (per_head ? row * heads + head : row) * vote pieces + piece; after all selection_logits
   void (*topk)(const TopKParams&, int64_t begin, int64_t end);                     // row * heads + head
   void (*choose_victims)(const VictimParams&, int64_t begin, int64_t end);         // row * heads + head
   void (*page_bounds)(const PageBoundsParams&, int64_t begin, int64_t end);        // row * heads + head

@@ -1,12 +1,17 @@
 // Selection scores: how much the query heads vote for each candidate. Memory-bound like decode: every key is read once
-// for its whole group; the softmax of each query head then runs over the logits in scratch.
+// for its whole group. A tile of logits becomes weights relative to its own peak at once, while it is in the cache; the
+// vote, which reads them anyway, multiplies each tile by what makes the head's weights a softmax. So tiles do not depend on
+// each other, and a head can be cut among threads.
 //
 // Candidates are entries, or pages known by their bounds: sum_d max(q_d min_d, q_d max_d) is the product of
 // [min(q, 0), max(q, 0)] with a page's [min, max], so bounds are keys twice as wide in pages of one entry.
+#include "attention_plan.h"
 #include "entry_tiles.h"
 
 namespace kvcache::cpu::KVCACHE_ISA_NS {
 namespace {
+
+static_assert(kTile == kPlaceTile);
 
 // One op's call, of either kind. A place is a slot, a number within the entries of the listed pages, or a column.
 struct Election {
@@ -22,6 +27,11 @@ struct Election {
   const void* bounds;  // of pages; null: entries
   int64_t width;       // places of a line
   float *scores, *scratch;
+
+  int64_t tiles() const { return place_pieces(width, kTile); }
+  float* weights(int64_t row, int64_t query_head) const {  // [width], then [tiles] peaks and [tiles] masses
+    return scratch + (row * query_heads + query_head) * selection_line_floats(width);
+  }
 };
 
 inline Election election_of(const SelectionParams& p) {
@@ -114,9 +124,12 @@ inline void pack_voters(const Election& e, int64_t row, int64_t first_head, int 
   }
 }
 
-// Hides what is no candidate in a tile of logits [group, kTile] and follows each head's peak and mass.
-inline void follow_softmax(const Tile& tile, int32_t* position, int32_t first, int32_t last, int group, float* logits,
-                           float* peaks, float* masses) {
+// Steps of `weigh_tile` over a whole tile.
+inline int64_t weigh_steps(int group) { return int64_t(kTile / kChunk) * group; }
+
+// Hides what is no candidate in a tile of logits [group, kTile] and makes weights of them, relative to each head's peak.
+inline void weigh_tile(const Tile& tile, int32_t* position, int32_t first, int32_t last, int group, Ahead& ahead,
+                       float* logits, float* peaks, float* masses) {
   for (int i = tile.n; i % kLanes != 0; ++i) position[i] = 0;  // hidden by dot_tile
   for (int g = 0; g < group; ++g) {
     float* line = logits + g * kTile;
@@ -126,13 +139,16 @@ inline void follow_softmax(const Tile& tile, int32_t* position, int32_t first, i
       top = max(top, x);
       store(line + i, x);
     }
-    const float old = peaks[g], found = reduce_max(top), peak = found > old ? found : old;
-    if (found != found) masses[g] = found;  // a NaN, which shall show
-    if (peak == -kInfinity) continue;
+    peaks[g] = reduce_max(top);
+    const Vec level = splat(peaks[g] == -kInfinity ? 0.0f : peaks[g]);
     Vec mass = {};
-    for (int i = 0; i < tile.n; i += kLanes) mass += exp2(load(line + i) - peak);
-    masses[g] = masses[g] * exp2f(old - peak) + reduce_add(mass);
-    peaks[g] = peak;
+    for (int i = 0; i < tile.n; i += kLanes) {
+      if (i % kChunk == 0) ahead.step();
+      const Vec weight = exp2(load(line + i) - level);
+      mass += weight;
+      store(line + i, weight);
+    }
+    masses[g] = reduce_add(mass);  // NaN where a logit is, which shall show
   }
 }
 
@@ -140,21 +156,26 @@ template <class T>
 inline void vote_logits(const Election& e, int64_t begin, int64_t end) {
   const PagedView& view = *e.view;
   const int group = e.query_heads / view.heads, dim = e.bounds ? 2 * view.k_dim : view.k_dim;
-  const int64_t stride = round_up(dim, kChunk), row_bytes = dim * int64_t(sizeof(T));
+  const int64_t stride = round_up(dim, kChunk), row_bytes = dim * int64_t(sizeof(T)), tiles_of_line = e.tiles();
+  const int64_t pieces = place_pieces(e.width, kLogitPlaces);
+  const int64_t steps = dot_steps(group) + (e.soft ? weigh_steps(group) : 0);
   Arena arena(Arena::bytes_of(group * stride) + Arena::bytes_of(group * kTile) + 2 * Arena::bytes_of(group));
   float* q = arena.floats(group * stride);
   float* logits = arena.floats(group * kTile);
   float *peaks = arena.floats(group), *masses = arena.floats(group);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item / view.heads, head = item % view.heads;
-    float* kept = e.scratch + (row * e.query_heads + head * group) * e.width;  // [group, width]
+  for (int64_t item = begin; item < end;) {
+    const int64_t line = item / pieces, piece = item % pieces;
+    const int64_t left = end - item, taken = left < pieces - piece ? left : pieces - piece;  // of this head
+    item += taken;
+    const int64_t row = line / view.heads, head = line % view.heads;
     // Base 2 for the softmax, natural for the raw vote.
     pack_voters<T>(e, row, head * group, group, e.soft ? e.scale * kLog2E : e.scale, q);
     // Of the candidates' positions; pages all have 0 here, and all take part.
     const int32_t first = e.bounds ? 0 : e.first[row];
     const int32_t last = e.bounds ? 0 : e.end[row] > 0 ? e.end[row] - 1 : -1;
-    for (int g = 0; g < group; ++g) peaks[g] = -kInfinity, masses[g] = 0;
     Places places = places_of(e, row, head);
+    places.next = piece * kLogitPlaces;
+    if (const int64_t stop = (piece + taken) * kLogitPlaces; places.n > stop) places.n = stop;
     Tile tiles[2] = {};
     int32_t positions[2][kTile];
     bool more = next_tile(places, tiles[0], positions[0]);
@@ -162,21 +183,15 @@ inline void vote_logits(const Election& e, int64_t begin, int64_t end) {
       const Tile& tile = tiles[now];
       const Tile& following = tiles[now ^ 1];
       more = next_tile(places, tiles[now ^ 1], positions[now ^ 1]);
-      dot_tile<T>(tile, Ahead{following.k, more ? row_bytes : 0, head_passes(group)}, q, group, dim, logits);
-      if (e.soft) follow_softmax(tile, positions[now], first, last, group, logits, peaks, masses);
-      for (int g = 0; g < group; ++g) memcpy(kept + g * e.width + tile.first, logits + g * kTile, size_t(tile.n) * 4);
-    }
-    for (int g = 0; g < group && e.soft; ++g) {
-      float* line = kept + g * e.width;
-      // Not exp2(x - log-sum-exp): for logits of 1e5 that sum has lost the mass's digits.
-      const bool none = masses[g] == 0;
-      const Vec level = splat(none ? 0.0f : peaks[g]), factor = splat(none ? 0.0f : 1.0f / masses[g]);
-      int64_t i = 0;
-      for (; i + kLanes <= places.n; i += kLanes) store(line + i, exp2(load(line + i) - level) * factor);
-      if (i < places.n) {
-        float lanes[kLanes];
-        store(lanes, exp2(load_first(line + i, int(places.n - i)) - level) * factor);
-        memcpy(line + i, lanes, size_t(places.n - i) * 4);
+      Ahead ahead(following.k, more ? row_bytes : 0, steps);
+      dot_tile<T>(tile, ahead, q, group, dim, logits);
+      if (e.soft) weigh_tile(tile, positions[now], first, last, group, ahead, logits, peaks, masses);
+      for (int g = 0; g < group; ++g) {
+        float* kept = e.weights(row, head * group + g);
+        memcpy(kept + tile.first, logits + g * kTile, size_t(tile.n) * 4);
+        if (!e.soft) continue;
+        kept[e.width + tile.first / kTile] = peaks[g];
+        kept[e.width + tiles_of_line + tile.first / kTile] = masses[g];
       }
     }
   }
@@ -216,28 +231,66 @@ inline void settle(const Election& e, const Places& places, int64_t row, int64_t
   }
 }
 
+// What turns the weights of each tile of a head into a softmax over all tiles: factors [tiles]. Not 2^(peak - log-sum-exp):
+// for logits of 1e5 that sum has lost the mass's digits.
+inline void softmax_factors(const float* peaks, const float* masses, int64_t tiles, float* factors) {
+  float peak = -kInfinity, mass = 0;
+  for (int64_t i = 0; i < tiles; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
+  const Vec level = splat(peak == -kInfinity ? 0.0f : peak);
+  for (int64_t i = 0; i < tiles; i += kLanes) {
+    const int n = int(tiles - i < kLanes ? tiles - i : kLanes);
+    float lanes[kLanes];
+    store(lanes, exp2(load_first(peaks + i, n) - level));
+    for (int j = 0; j < n; ++j) factors[i + j] = lanes[j], mass += masses[i + j] * lanes[j];
+  }
+  const float share = mass == 0 ? 0.0f : 1.0f / mass;
+  for (int64_t i = 0; i < tiles; ++i) factors[i] *= share;
+}
+
 inline void vote_sums(const Election& e, int64_t begin, int64_t end) {
-  const int64_t heads = e.view->heads;
+  const int64_t heads = e.view->heads, tiles = e.tiles(), pieces = place_pieces(e.width, kVotePlaces);
+  const int64_t voters = e.per_head ? e.query_heads / heads : e.query_heads, group = e.query_heads / heads;
+  Arena arena(Arena::bytes_of(voters * tiles));
+  float* factors = arena.floats(voters * tiles);  // [voters, tiles]
+  int64_t known = -1;                             // the line whose factors those are
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = e.per_head ? item / heads : item, head = e.per_head ? item % heads : 0;
-    const int64_t voters = e.per_head ? e.query_heads / heads : e.query_heads;
-    const float* votes = e.scratch + (row * e.query_heads + head * voters) * e.width;  // [voters, width]
-    float* scores = e.scores + item * e.width;                                         // [width]
+    const int64_t line = item / pieces, from = item % pieces * kVotePlaces;
+    const int64_t row = e.per_head ? line / heads : line, head = e.per_head ? line % heads : 0;
+    const int64_t first_voter = head * group;
+    if (line != known) {
+      known = line;
+      for (int64_t v = 0; v < voters; ++v) {
+        const float* parts = e.weights(row, first_voter + v) + e.width;
+        const int64_t used = place_pieces(places_of(e, row, head + v / group).n, kTile);
+        if (e.soft) softmax_factors(parts, parts + tiles, used, factors + v * tiles);
+        else
+          for (int64_t i = 0; i < used; ++i) factors[v * tiles + i] = 1;
+      }
+    }
+    float* scores = e.scores + line * e.width;  // [width]
     const Places places = places_of(e, row, head);
+    const int64_t to = places.n < from + kVotePlaces ? places.n : from + kVotePlaces;
     constexpr int kBlock = 8 * kLanes;  // places whose sums stay in registers
-    for (int64_t i = 0; i < places.n; i += kBlock) {
-      const int n = int(places.n - i < kBlock ? places.n - i : kBlock);
+    static_assert(kTile % kBlock == 0);
+    for (int64_t i = from; i < to; i += kBlock) {
+      const int n = int(to - i < kBlock ? to - i : kBlock);
       float sums[kBlock] = {};
+      const float* factor = factors + i / kTile;
       if (n == kBlock) {
         Vec total[8] = {};
-        for (int64_t v = 0; v < voters; ++v)
+        for (int64_t v = 0; v < voters; ++v) {
+          const float* weights = e.weights(row, first_voter + v) + i;
+          const Vec f = splat(factor[v * tiles]);
 #pragma GCC unroll 8
-          for (int j = 0; j < 8; ++j) total[j] += load(votes + v * e.width + i + j * kLanes);
+          for (int j = 0; j < 8; ++j) total[j] = fma(load(weights + j * kLanes), f, total[j]);
+        }
 #pragma GCC unroll 8
         for (int j = 0; j < 8; ++j) store(sums + j * kLanes, total[j]);
       } else {
-        for (int64_t v = 0; v < voters; ++v)
-          for (int j = 0; j < n; ++j) sums[j] += votes[v * e.width + i + j];
+        for (int64_t v = 0; v < voters; ++v) {
+          const float* weights = e.weights(row, first_voter + v) + i;
+          for (int j = 0; j < n; ++j) sums[j] += weights[j] * factor[v * tiles];
+        }
       }
       settle(e, places, row, head, i, n, sums);
       memcpy(scores + i, sums, size_t(n) * 4);

@@ -112,6 +112,19 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// fma(a, b, sum) where many sums are to stay in registers. As an instruction of its own: otherwise g++ 12 also makes the
+// forms that overwrite a factor, with copies to save it, and loads rows long before their use, until sums are spilled.
+inline Vec add_product(Vec a, Vec b, Vec sum) {
+#if defined(KVCACHE_SIMD_AVX512)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#elif defined(KVCACHE_SIMD_AVX2)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum = a * b + sum;
+#endif
+  return sum;
+}
+
 inline float reduce_max(Vec x) {
 #if defined(KVCACHE_SIMD_AVX512)
   return _mm512_reduce_max_ps(x);
@@ -199,9 +212,17 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
       _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
   return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
 #elif defined(KVCACHE_SIMD_AVX2)
-  const __m256 x = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
-  const __m256 y = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
-  return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  // Blends run where shuffles cannot, so halves are swapped on one side only: half the shuffles of three rounds of hadd.
+  __m256 two[4];  // [i]: four partial sums of a[i], then of a[i + 4]
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    two[i] = _mm256_add_ps(_mm256_blend_ps(a[i], a[i + 4], 0xf0), _mm256_permute2f128_ps(a[i], a[i + 4], 0x21));
+  __m256 four[2];  // [i]: two partial sums of each of a[2 i], a[2 i + 1], a[2 i + 4], a[2 i + 5]
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    four[i] = _mm256_add_ps(_mm256_blend_ps(two[2 * i], two[2 * i + 1], 0xcc),
+                            _mm256_shuffle_ps(two[2 * i], two[2 * i + 1], 0x4e));
+  return _mm256_hadd_ps(four[0], four[1]);
 #else
   const Vec x = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5) + __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7);
   const Vec y = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5) + __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
@@ -250,14 +271,19 @@ template <>
 struct Storage<Float16> {
 #if defined(KVCACHE_SIMD_AVX512) || defined(KVCACHE_SIMD_AVX2)
   static constexpr int lane(int i) { return i; }
-  static inline void widen(Uint x, Vec& a, Vec& b) {
+  // The conversions read memory themselves: no vector has to be taken apart.
+  static inline void load_chunk(const Float16* p, Vec& a, Vec& b) {
 #if defined(KVCACHE_SIMD_AVX512)
-    a = _mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)x)),
-    b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)x, 1));
+    a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
+    b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kLanes)));
 #else
-    a = _mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)x)),
-    b = _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1));
+    a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+    b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + kLanes)));
 #endif
+  }
+  static inline void load_first(const Float16* p, int n, Vec& a, Vec& b) {
+    const Uint x = load_first_halves(&p->bits, n);
+    load_chunk(reinterpret_cast<const Float16*>(&x), a, b);
   }
 #else
   static constexpr int lane(int i) { return paired_lane(i); }
@@ -268,11 +294,11 @@ struct Storage<Float16> {
     return (Vec)(magnitude | special | ((h & 0x8000u) << 16));
   }
   static inline void widen(Uint x, Vec& a, Vec& b) { a = widen_half(x & 0xffffu), b = widen_half(x >> 16); }
-#endif
   static inline void load_chunk(const Float16* p, Vec& a, Vec& b) { widen(load_halves(p), a, b); }
   static inline void load_first(const Float16* p, int n, Vec& a, Vec& b) {
     widen(load_first_halves(&p->bits, n), a, b);
   }
+#endif
 };
 
 inline const char* element(const void* data, DType dtype, int64_t i) {
