@@ -60,6 +60,7 @@ SHAPES: dict[str, Shape] = {
         Shape("qwen3-tiny", "Qwen3ForCausalLM", _llama(256, 64, 128, 2, 4, 2, head_dim=32), torch.float32),
         Shape("opt-tiny", "OPTForCausalLM", _opt(256, 64, 2, 4), torch.float32),
         Shape("llama-27m", "LlamaForCausalLM", _llama(4096, 512, 1408, 8, 8, 2), torch.float32),
+        Shape("opt-27m", "OPTForCausalLM", _opt(4096, 512, 8, 8), torch.float32),
         Shape("opt-101m", "OPTForCausalLM", _opt(4096, 512, 32, 8), torch.float32, "OPT-6.7B, an eighth as wide"),
         Shape(
             "qwen3-0.6b", "Qwen3ForCausalLM",
