@@ -48,6 +48,8 @@ def machine(row: dict[str, Any]) -> str:
 
 
 def size(n: float) -> str:
+    if n >= 2**30:
+        return f"{n / 2**30:.2f} GiB"
     return f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.0f} KiB"
 
 
@@ -91,22 +93,44 @@ def demo(rows: Rows) -> str:
 
 
 def generate(rows: Rows) -> str:
-    """Decode time behind a context, against the baselines and the limit."""
-    body = []
-    for r in rows:
-        body.append(
-            [
-                f"`{r['policy']}`",
-                f"{r['length']:,}",
-                size(r["nbytes"]),
-                f"{r['ms_per_token']:.1f}",
-                f"**{r['ratio']:.2f}**" if r["backend"] != "transformers" else f"{r['ratio']:.2f}",
-                f"{r['limit_ms']:.1f}",
-                f"{r['of_limit']:.0%}",
-            ]
-        )
-    head = ["Cache", "Context", "Held", "ms/token", "Ratio to DynamicCache", "Limit, ms", "of limit"]
-    return f"{markdown(head, body)}\n\n{machine(rows[0])}"
+    """Decode time behind a context, against the baselines and the limit; one table for each model and batch."""
+    parts = []
+    for model, batch in dict.fromkeys((r.get("model", "llama-27m"), r.get("batch", 1)) for r in rows):
+        mine = [r for r in rows if (r.get("model", "llama-27m"), r.get("batch", 1)) == (model, batch)]
+        head = ["Cache", "Context", "Held", "Peak", "First token, s", "ms/token", "Tokens/s", "Ratio to DynamicCache",
+                "Limit, ms", "of limit"]  # fmt: skip
+        dtype = next((r["dtype"] for r in mine if "dtype" in r), "float32")
+        body = [_decode_line(r) for r in mine]
+        parts.append(f"`{model}`, {dtype}, batch {batch}:\n\n{markdown(head, body)}")
+    timed = next((r for r in rows if "ms_per_token" in r), {})
+    return "\n\n".join([*parts, machine(timed)])
+
+
+def _decode_line(r: dict[str, Any]) -> list[str]:
+    start = [f"`{r['policy']}`", f"{r['length']:,}"]
+    if "ms_per_token" not in r:
+        return [start[0] + f", left out: {r['left_out']}".replace("|", "\\|"), start[1], *[""] * 8]
+    batch, theirs = r.get("batch", 1), r["backend"] in ("transformers", "kvpress")
+    ratio = "" if "ratio" not in r else f"{r['ratio']:.2f}"
+    return [
+        *start,
+        size(r["nbytes"] * batch),
+        size(r["peak_nbytes"]) if r.get("peak_nbytes") is not None else "",
+        f"{r['first_token_s']:.2f}" if "first_token_s" in r else "",
+        f"{r['ms_per_token']:.1f}",
+        f"{batch * 1e3 / r['ms_per_token']:.1f}",
+        ratio if theirs else f"**{ratio}**",
+        f"{r['limit_ms']:.1f}",
+        f"{r['of_limit']:.0%}",
+    ]
+
+
+def script(found: dict[str, Any]) -> str:
+    """A bench of bench/end_to_end: its command, and its rows as they are; what a row does not have stays empty."""
+    rows = found["rows"]
+    head = list(dict.fromkeys(name for r in rows for name, value in r.items() if value is not None))
+    body = [[f"`{r[name]}`" if i == 0 else _number(r.get(name)) for i, name in enumerate(head)] for r in rows]
+    return f"`{found['command']}`\n\n{markdown(head, body)}\n\n{machine(found['machine'])}"
 
 
 def budgets(task: str) -> Callable[[Rows], str]:
@@ -173,6 +197,10 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "eval-passkey": ("eval/report.json", budgets("passkey")),
     "eval-recall": ("eval/report.json", budgets("recall")),
     "nvcc": ("nvcc/kernels.json", compiled),
+    **{
+        f"e2e-{name}": (f"end_to_end/{name}.json", script)
+        for name in ("overhead", "skipdecode", "tokenselect_decode", "tokenselect_prefill", "h2o", "threads")
+    },
     "eval-text": ("eval/report.json", budgets("text")),
 }
 

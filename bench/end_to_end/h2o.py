@@ -6,12 +6,12 @@ Memory for keys and values is fixed at what ``--full-rows`` sequences of prompt 
 
 1. *batch*: the most requests that ``generate_batch`` decodes together when its pool may hold no more than that
    (``max_tokens``); H2O keeps 20 % of the prompt. For DynamicCache: the sequences whose tensors fit.
-2. *all s*, *all tokens/s*: that batch from prompts to answers (``generate_batch``; ``generate`` for DynamicCache), as the
-   paper counts throughput; *decode tokens/s*: of its decode steps alone, behind random entries, contenders in turns.
+2. *all s*, *all tokens/s*: that batch from prompts to answers (``generate_batch``; ``generate`` for DynamicCache), as
+   the paper counts throughput; *decode tokens/s*: of its decode steps alone, behind random entries, in turns.
 3. *ms/step*: at the batch that fits the full cache ("same batch"), and at each cache's own. *x full*: decode tokens/s
    against the full cache's.
 
-*pool MiB*: the most that pages in use held. The bar (issue 5, on a GPU): 4.5 times the batch.
+*pool MiB*: the most that pages in use held, before evicting. The bar (issue 5, on a GPU): 4.5 times the batch.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers import ContinuousBatchingConfig, DynamicCache
 import kvcache
 from kvcache import batching
 from kvcache.attention import CACHE
+from kvcache.engine import Engine
 from kvcache.evaluation.bench.caches import Context
 from kvcache.evaluation.bench.contender import BASELINE, Contender, Ours, Transformers
 from kvcache.evaluation.bench.decode import pinned
@@ -38,6 +39,7 @@ from kvcache.evaluation.bench.turns import clock_name, line, take_turns, write
 from kvcache.evaluation.suite import share_weights
 
 MIB = 2**20
+PAGE = 16
 H2O = "h2o(heavy=0.1, recent=0.1)"
 
 
@@ -51,19 +53,22 @@ def seconds(action: Callable[[], Any]) -> tuple[float, Any]:
 def together(model: Any, prompts: list[list[int]], new: int) -> dict[str, float]:
     """Run ``generate_batch``; the most requests in one decode step, and the most bytes that pages in use held."""
     peak = {"rows": 0, "nbytes": 0}
-    step = batching.Scheduler.step
+    decode, finish = batching.Scheduler._decode, Engine.finish
 
-    def watched(self: batching.Scheduler) -> None:
-        step(self)
+    def counted(self: batching.Scheduler, running: batching.Rows) -> None:
+        peak["rows"] = max(peak["rows"], len(running.requests))
+        decode(self, running)
+
+    def watched(self: Engine) -> None:  # before it evicts
         peak["nbytes"] = max(peak["nbytes"], sum(s.pool.used * s.page_bytes for s in self.storages.values()))
-        peak["rows"] = max(peak["rows"], 0 if self.running is None else len(self.running.requests))
+        finish(self)
 
-    batching.Scheduler.step = watched  # type: ignore[method-assign]
+    batching.Scheduler._decode, Engine.finish = counted, watched  # type: ignore[method-assign]
     try:
         options = ContinuousBatchingConfig(max_requests_per_batch=len(prompts), max_batch_tokens=len(prompts[0]))
         outputs = model.generate_batch(prompts, continuous_batching_config=options, max_new_tokens=new, do_sample=False)
     finally:
-        batching.Scheduler.step = step  # type: ignore[method-assign]
+        batching.Scheduler._decode, Engine.finish = decode, finish  # type: ignore[method-assign]
     short = [x.error for x in outputs.values() if len(x.generated_tokens) != new]
     if short:
         raise RuntimeError(f"{len(short)} requests did not finish: {short[:1]}")
@@ -71,7 +76,7 @@ def together(model: Any, prompts: list[list[int]], new: int) -> dict[str, float]
 
 
 def measure(o: argparse.Namespace) -> list[dict[str, Any]]:
-    total = o.prompt + o.new
+    total = -(-(o.prompt + o.new) // PAGE) * PAGE  # a page is filled or not, in every cache
     room = o.full_rows * total
     grows = (o.rounds + 1) * (o.tokens + 2) + 1
     model = build(shape_named(o.model), max(total, o.prompt + grows) + 2, device=o.device)

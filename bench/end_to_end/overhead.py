@@ -7,7 +7,8 @@ left is Python and dispatch. *step*: a wrapped model's forward of one token; *ab
 unwrapped model's forward with DynamicCache in the same round; both per layer. *generate*: the same inside generate().
 *calls*: ops of kvcache (and all ops, ours and torch's) per layer. *bytes*: what torch allocates in one step, and by how
 much more in one behind four times the context, between two page boundaries; *host*: the peak of what Python and numpy
-allocate in it, likewise. The bars (issue 5): at most 0.15 ms and 3 calls per layer, nothing that grows with the context.
+allocate in it, likewise. The bars (issue 5): at most 0.15 ms and 3 calls per layer, nothing that grows with the
+context.
 
 With two threads the step is timed by the clock; with one, the default, by its processor time.
 """
@@ -40,7 +41,7 @@ from kvcache.evaluation.suite import share_weights
 
 BAR_MS, BAR_CALLS = 0.15, 3
 #: Contexts between which allocations are compared: neither at the edge of a page of 16, with the steps before.
-SMALL, LARGE = 1003, 4011
+SMALL, LARGE = 1001, 4009
 STEPS = 12  # timed steps of a round
 
 

@@ -1,6 +1,6 @@
 """Two threads against one: generate() behind a context, next to what two readers get out of the memory.
 
-    python bench/end_to_end/threads.py [--model llama-27m] [--context 8192] [--batch 1 4] [--threads 2] [--out FILE.json]
+    python bench/end_to_end/threads.py [--model llama-27m] [--context 8192] [--batch 1 4] [--out FILE.json]
 
 The same caches in turns with one thread and with several, timed by the clock. *memory* is how much faster as many
 readers stream through memory than one, probed in the same run: what a step that waits for memory can gain at most. The

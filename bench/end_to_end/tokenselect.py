@@ -4,9 +4,9 @@
     python bench/end_to_end/tokenselect.py prefill [--length 8192 16384 32768] [--full 16384] [--out FILE.json]
 
 decode: generate() of a Llama of 8 layers (llama-27m) behind random entries, in turns with the full cache and
-DynamicCache; k tokens voted for, with the paper's 128 sinks and 512 local ones; with its Selection Cache (reuse 0.9) and
-selecting at every step (reuse 2). *selected*: the share of the steps of all layers that selected. The bar (issue 5): 1.6
-times faster than full at 32k.
+DynamicCache; k tokens voted for, with the paper's 128 sinks and 512 local ones; with its Selection Cache (reuse 0.9)
+and selecting at every step (reuse 2). *selected*: the share of the steps of all layers that selected. The bar (issue
+5): 1.6 times faster than full at 32k.
 
 prefill: the time to the first token of a small model (2 layers, hidden 256, 4/2 heads of 64), read chunk by chunk
 (``prefill_chunk_size``), each chunk of 512 reading what it votes for; full attention up to ``--full`` tokens, whole and

@@ -18,6 +18,7 @@ from kvcache.evaluation.bench.shapes import SHAPES, build, shape_named
 from kvcache.evaluation.bench.timing import Peak
 from kvcache.evaluation.rows import Row
 
+FILLED = ("full", "streamingllm(sinks=2, window=14)", "h2o(heavy=8, recent=8)", "tokenselect(k=8, sinks=4, local=4)")
 TINY = ("llama-tiny", "qwen3-tiny", "opt-tiny")
 
 
@@ -41,7 +42,7 @@ def test_unknown_shape_is_named():
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("policy", ["full", "streamingllm(sinks=2, window=14)", "h2o(heavy=8, recent=8)", "tokenselect(k=8, sinks=4, local=4)"])  # fmt: skip
+@pytest.mark.parametrize("policy", FILLED)
 def test_a_filled_cache_is_one_that_read_a_prompt(name, policy):
     """The same entries, kept and seen; and it goes on like one whose entries came through ``update``."""
     model = kvcache.wrap(tiny(name))
@@ -57,7 +58,8 @@ def test_a_filled_cache_is_one_that_read_a_prompt(name, policy):
     with torch.inference_mode():
         model(context.prompt, **{CACHE: read})
         for c in (cache, read):
-            model.generate(context.sequence, attention_mask=torch.ones_like(context.sequence), **{CACHE: c}, max_new_tokens=4)  # fmt: skip
+            mask = torch.ones_like(context.sequence)
+            model.generate(context.sequence, attention_mask=mask, **{CACHE: c}, max_new_tokens=4)
     assert cache.seen_tokens == read.seen_tokens == 44
     assert [cache.kept(i).tolist() for i in range(2)] == [read.kept(i).tolist() for i in range(2)]
     assert cache.nbytes == read.nbytes

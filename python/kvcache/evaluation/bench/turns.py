@@ -19,7 +19,7 @@ __all__ = ["clock_name", "line", "median_ratio", "take_turns", "timed_turns", "w
 
 
 def clock_name() -> str:
-    """One thread is timed by its processor time, which other work on the machine disturbs less; several by the clock."""
+    """One thread is timed by its processor time, which other work disturbs less; several by the clock."""
     return "cpu" if torch.get_num_threads() == 1 else "wall"
 
 
