@@ -191,6 +191,51 @@ def _number(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def bars(_: Any) -> str:
+    """What issue 5 asks of a CPU, and what the committed numbers say; a bar without its numbers is left out."""
+    body: list[list[str]] = []
+
+    def line(what: str, wanted: float, measured: float, most: bool = False, note: str = "") -> None:
+        met = measured <= wanted if most else measured >= wanted
+        body.append([what, f"{'≤' if most else '≥'} {wanted:g}", f"{measured:.3g}{note}", "yes" if met else "**no**"])
+
+    for r in _committed("generate/report.json"):
+        one = r.get("threads", 1) == r.get("batch", 1) == 1 and r["length"] >= 512
+        if r["policy"] == "full" and one and "ratio" in r:
+            what = f"`full`, {r['length']:,} tokens: time over DynamicCache + sdpa"
+            line(what, 0.7 if r["length"] >= 8192 else 1.0, r["ratio"], most=True)
+    overhead = [r for r in _committed("end_to_end/overhead.json") if "our calls" in r]
+    for name, bar, what in (
+        ("step ms", 0.15, "Python and dispatch, ms per layer and token"),
+        ("our calls", 3, "op calls per layer"),
+        ("bytes more at 4x", 0, "bytes of a step that grow with the context"),
+    ):
+        for r in overhead:
+            line(f"{what}: `{r['policy']}`", bar, r[name], most=True)
+    for r in _committed("end_to_end/skipdecode.json"):
+        if r.get("bar") is not None:
+            line(f"SkipDecode's {r['table']} table: x `full`", r["bar"], r["x full"])
+    for r in _committed("end_to_end/tokenselect_decode.json"):
+        if r.get("bar") is not None:
+            line(f"`{r['cache']}`, {r['context']:,} tokens: x `full`", r["bar"], r["x full"])
+    for r in _committed("end_to_end/h2o.json"):
+        if r["cache"].startswith("h2o") and r["batch"] == r["largest batch"]:
+            line("H2O 20 %: x the batch that fits the full cache (a bar for GPUs)", 4.5, r["x batch"])
+    for r in _committed("end_to_end/threads.json"):
+        if r["contender"] == "full":
+            line(f"`full`, two threads, batch {r['batch']}: x one", 1.7, r["x"], note=f" (memory {r['memory x']:.3g})")
+    return markdown(["Bar on a CPU", "Wanted", "Measured", "Met"], body) if body else MISSING
+
+
+def _committed(file: str) -> Rows:
+    """The rows of a committed JSON; none if it is not there."""
+    path = RESULTS / file
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    return found if isinstance(found, list) else found["rows"]
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "demo": ("demo/report.json", demo),
     "generate": ("generate/report.json", generate),
@@ -201,6 +246,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
         f"e2e-{name}": (f"end_to_end/{name}.json", script)
         for name in ("overhead", "skipdecode", "tokenselect_decode", "tokenselect_prefill", "h2o", "threads")
     },
+    "e2e-bars": (".", bars),
     "eval-text": ("eval/report.json", budgets("text")),
 }
 
@@ -212,6 +258,8 @@ def render(name: str) -> str:
     else:
         file, function = TABLES[name]
     path = RESULTS / file
+    if path == RESULTS:
+        return function(None)
     return function(json.loads(path.read_text())) if path.is_file() else MISSING
 
 

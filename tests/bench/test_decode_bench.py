@@ -1,6 +1,7 @@
 """``kvcache bench`` on tiny shapes: caches behind a context, what is held and read, contenders that cannot run."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def tiny(name="llama-tiny", **options):
     return build(shape_named(name), 256, **options)
 
 
-@pytest.mark.parametrize("name", [n for n in SHAPES if "tiny" not in n and n not in ("llama-27m", "opt-101m")])
+@pytest.mark.parametrize("name", [n for n, shape in SHAPES.items() if "config.json" in shape.source])
 def test_shapes_have_the_published_sizes(name):
     """Parameters in billions, counted on the meta device."""
     model = build(SHAPES[name], 2048, device="meta")
@@ -272,6 +273,44 @@ def test_static_cache_and_quantised_tensors_count_their_bytes():
     layer = type("Layer", (), {})()
     layer.keys, layer.state = (torch.zeros(4), {"scale": torch.zeros(2)}), "text"
     assert limits.cache_bytes(type("Cache", (), {"layers": [layer]})()) == 24
+
+
+def test_what_only_a_gpu_has(monkeypatch):
+    """The lines that ask torch.cuda, with a pretended GPU."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self): ...
+        def synchronize(self): ...
+        def elapsed_time(self, end):
+            return 2.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert limits._cuda_bandwidth(torch.device("cpu"), 4 << 20, 3) == (4 << 20) / 2e-3
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    assert limits.free_memory("cuda") == 7
+    for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 100), ("max_memory_allocated", 140)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    with Peak("cuda") as peak:
+        pass
+    assert peak.nbytes == 40
+    assert "h2o(heavy=512, recent=512)" in decode.default_policies(32768, "cuda")
+    assert decode.DEFAULTS["cuda"]["contexts"] == (4096, 32768, 131072)
+
+
+def test_the_script_takes_what_was_fetched(tmp_path):
+    script = runpy.run_path(str(Path(__file__).resolve().parents[2] / "bench/end_to_end/generate.py"))
+    completed = script["completed"]
+    completed.__globals__["PEERS"] = tmp_path
+    assert completed([]) == ["--out", "bench/results/generate"]
+    assert completed(["--out=x"]) == ["--out=x"]
+    python = tmp_path / "kvpress/bin/python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert completed(["--out", "x"]) == ["--out", "x", "--kvpress-python", str(python)]
+    assert completed(["--out", "x", "--kvpress-python", "y"]) == ["--out", "x", "--kvpress-python", "y"]
 
 
 def test_plot_of_rows_without_a_baseline(tmp_path):

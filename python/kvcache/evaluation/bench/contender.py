@@ -19,7 +19,7 @@ from ...cache import KVCache
 from ...report import human_bytes
 from ..suite import entries_read
 from .caches import Context, filled
-from .limits import cache_bytes, entry_bytes, free_memory, step_bytes
+from .limits import allocated_bytes, cache_bytes, entry_bytes, free_memory, step_bytes
 from .shapes import Shape
 from .timing import Peak, first_token, generate_tokens
 
@@ -61,7 +61,7 @@ class Contender:
         raise NotImplementedError
 
     def memory_round(self, tokens: int = 4) -> None:
-        """An untimed round that finds the peak: what the cache holds and how far memory grew on top."""
+        """An untimed round that finds the peak: what the cache has allocated and how far memory grew on top."""
 
     def finish(self) -> None:
         """After the last round: note what a step reads."""
@@ -113,7 +113,7 @@ class _Here(Contender):
         with Peak(self.model.device) as peak:
             self.sequence, *_ = generate_tokens(self.model, self.sequence, {CACHE: self.cache}, tokens, **self.options)
         self.nbytes = cache_bytes(self.cache)
-        self.peak = self.nbytes + peak.nbytes
+        self.peak = allocated_bytes(self.cache) + peak.nbytes
 
     def first_token(self) -> None:
         with Peak(self.model.device) as peak:

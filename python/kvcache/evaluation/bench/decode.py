@@ -467,7 +467,7 @@ def _show(screen: Console, setting: Setting, rows: list[Row], bandwidth: float) 
         "[dim]· ratio: below 1 is faster than DynamicCache + sdpa, median of paired rounds.\n"
         f"· limit: weights and the keys and values that attention reads, at {bandwidth / 1e9:.1f} GB/s, "
         "probed in this run. TokenSelect also reads keys to vote, which its limit leaves out.\n"
-        "· peak: held and what a round of steps takes on top.[/]\n"
+        "· peak: what the cache has allocated and what a round of steps takes on top.[/]\n"
     )
 
 

@@ -16,7 +16,16 @@ from ... import _C
 from ...cache import KVCache
 from ..suite import entries_read
 
-__all__ = ["cache_bytes", "entry_bytes", "free_memory", "kv_heads", "read_bandwidth", "step_bytes", "weight_bytes"]
+__all__ = [
+    "allocated_bytes",
+    "cache_bytes",
+    "entry_bytes",
+    "free_memory",
+    "kv_heads",
+    "read_bandwidth",
+    "step_bytes",
+    "weight_bytes",
+]
 
 
 def read_bandwidth(device: torch.device | str = "cpu", size: int = 256 << 20, repeats: int = 15) -> float:
@@ -132,6 +141,13 @@ def cache_bytes(cache: Any) -> int:
     if isinstance(cache, KVCache):
         return cache.nbytes
     return sum(_nbytes(v) for layer in cache.layers for v in vars(layer).values())
+
+
+def allocated_bytes(cache: Any) -> int:
+    """Bytes that a cache has taken from the allocator: of ours also pages that are free."""
+    if isinstance(cache, KVCache):
+        return sum(s.reserved_bytes for s in cache.engine.storages.values())
+    return cache_bytes(cache)
 
 
 def _nbytes(value: Any) -> int:
