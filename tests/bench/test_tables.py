@@ -45,9 +45,11 @@ def test_decode_rows_with_reasons_and_batches(tables, tmp_path):
              "ms_per_token": 4.0, "ratio": 0.5, "limit_ms": 2.0, "of_limit": 0.5, "cpu": "C", "torch": "2"}  # fmt: skip
     missing = {**base, "policy": "QuantizedCache quanto int4", "backend": "native", "left_out": "a | b"}
     put(tmp_path, "generate/report.json", [timed, missing])
-    text = tables.render("generate")
+    text = tables.render("e2e-generate")
     assert "`llama-27m`, float32, batch 2:" in text
     assert "| `full` | 512 | 2.0 MiB | 3.00 GiB |  | 4.0 | 500.0 | **0.50** | 2.0 | 50% |" in text
+    assert "| `full` | 512 | 1.0 MiB | 4.0 | **0.50** | 2.0 | 50% |" in tables.render("generate")
+    assert "Quantized" not in tables.render("generate")
     assert "| `QuantizedCache quanto int4`, left out: a \\| b | 512 |" in text
 
 
