@@ -1,5 +1,6 @@
 """``kvcache bench`` on tiny shapes: caches behind a context, what is held and read, contenders that cannot run."""
 
+import contextlib
 import json
 import runpy
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.pretend_gpu import move, on_gpu, pretend_gpu
 from transformers import DynamicCache, StaticCache
 
 import kvcache
@@ -322,3 +324,64 @@ def test_plot_of_rows_without_a_baseline(tmp_path):
     ]
     rows.append(Row("StaticCache + torch.compile", "generate", length=8, extra={**extra, "left_out": "no compiler"}))
     assert plot_contexts(rows, tmp_path / "x.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """kvcache bench on a GPU that is not there: tensors that say they are on it, and what torch.cuda would answer."""
+    real, on_host = build, Context.random
+
+    def there(model, rows, length, seed=0):
+        state = [p.inner for p in model.parameters()]
+        assert state
+        model_like = real(shape_named("llama-tiny"), 256)
+        c = on_host(model_like, rows, length, seed)
+        return Context(model, rows, length, on_gpu(c.sequence), on_gpu(c.keys), on_gpu(c.values))
+
+    monkeypatch.setattr(
+        decode, "build", lambda shape, positions, **o: move(real(shape, positions, dtype=torch.float32))
+    )
+    monkeypatch.setattr(Context, "random", staticmethod(there))
+    monkeypatch.setattr(decode, "_cuda_works", lambda: True)
+    monkeypatch.setattr(decode, "read_bandwidth", lambda device, **o: 1e12)
+    for module in (decode, contender):
+        monkeypatch.setattr(module, "free_memory", lambda device: 1 << 40)
+    values = {"get_device_name": "Pretended", "reset_peak_memory_stats": None, "memory_allocated": 0,
+              "max_memory_allocated": 5, "empty_cache": None}  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+    with torch.no_grad(), pretend_gpu(emulated=False):
+        yield
+
+
+def test_a_run_on_a_pretended_gpu(pretended, tmp_path):
+    rows = run(tmp_path, device="cuda", contexts=(24,), batches=(1, 2), only=("dynamic", "kvcache"))
+    assert len(rows) == 2 * 4
+    assert [r.extra.get("left_out") for r in rows] == [None] * 8
+    for row in rows:
+        assert row.device == "cuda"
+        assert row.extra["gpu"] == "Pretended"
+        assert row.extra["clock"] == "wall"
+        assert row.extra["limit_ms"] < 0.01
+        assert row.extra["first_token_s"] > 0
+        assert row.extra["prefill_peak_nbytes"] == 5
+    assert {r.read for r in rows if r.policy.startswith("h2o")} == {4}
+
+
+@pytest.mark.parametrize("policy", FILLED)
+def test_a_cache_filled_on_a_gpu_goes_on_as_on_the_cpu(policy):
+    found = []
+    context = Context.random(tiny(), 2, 40, seed=1)
+    for pretend in (False, True):
+        model, place = tiny(), on_gpu if pretend else lambda x: x
+        with torch.no_grad(), pretend_gpu(emulated=False) if pretend else contextlib.nullcontext():
+            wrapped = kvcache.wrap(move(model) if pretend else model)
+            torch.manual_seed(3)
+            there = Context(wrapped, 2, 40, place(context.sequence), place(context.keys), place(context.values))
+            cache = filled(wrapped, policy, there)
+            mask = torch.ones_like(there.sequence)
+            options = {"max_new_tokens": 6, "do_sample": False}
+            out = wrapped.generate(there.sequence, attention_mask=mask, **{CACHE: cache}, **options)
+            found.append((out.inner if pretend else out, [cache.kept(i).tolist() for i in range(2)]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]

@@ -68,6 +68,8 @@ class Contender:
         cache = getattr(self, "cache", None)
         if isinstance(cache, KVCache):
             self.kept = entries_read(cache)
+            decode = getattr(cache.report(), "decode", None)  # whether steps were replayed from a captured graph
+            self.extra |= {} if decode is None else {"decode": decode}
         self.step_nbytes = step_bytes(self.context.model, cache, self.context.rows, self.kept)
 
     def close(self) -> None:
