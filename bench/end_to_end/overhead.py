@@ -75,7 +75,7 @@ class Calls(TorchDispatchMode):
 
 def stepper(model: Any, cache: Any, token: torch.Tensor) -> Callable[[], None]:
     def step() -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             model(token, **{CACHE: cache})
 
     return step

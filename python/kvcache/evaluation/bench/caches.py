@@ -100,7 +100,7 @@ class _SameLayers(Sequence):
             }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def filled(wrapped: PreTrainedModel, policy: str, context: Context, **options: Any) -> KVCache:
     """A cache of ``policy`` behind ``context``, evicted to its budget as at the end of a prompt."""
     layers = wrapped.config.num_hidden_layers

@@ -139,7 +139,7 @@ class Transformers(_Here):
     def make(self, room: int) -> Any:
         return self.factory(room)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prepare(self) -> None:
         self.fits()
         self.cache, self.sequence = self.context.fill(self.make(self.room)), self.context.sequence

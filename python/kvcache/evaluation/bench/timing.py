@@ -42,7 +42,7 @@ def generate_tokens(
     Returns the longer sequence and the milliseconds of each timed token: wall time, processor time of this thread.
     """
     clock = Clock()
-    with torch.inference_mode():
+    with torch.no_grad():
         sequence = model.generate(
             sequence,
             attention_mask=options.pop("attention_mask", torch.ones_like(sequence)),
@@ -61,7 +61,7 @@ def first_token(model: Any, prompt: Tensor, cache: dict[str, Any], **options: An
     """Seconds from the call of ``generate`` to its first token, wall and this thread's processor time."""
     clock = Clock()
     wall, cpu = time.perf_counter(), time.thread_time()
-    with torch.inference_mode():
+    with torch.no_grad():
         model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False, streamer=clock,
             **cache, **options,

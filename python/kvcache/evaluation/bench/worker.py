@@ -57,7 +57,7 @@ class Worker:
         self.cache = DynamicCache(config=self.model.config)
         prompt = torch.tensor(r["prompt"], device=self.model.device)
         seconds = None
-        with torch.inference_mode():
+        with torch.no_grad():
             if r["read"]:
                 with self.press(self.model):
                     seconds = self.timing.first_token(self.model, prompt, {"past_key_values": self.cache})
