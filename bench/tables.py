@@ -231,11 +231,13 @@ def bars(_: Any) -> str:
             line(what, 0.7 if r["length"] >= 8192 else 1.0, r["ratio"], most=True)
     overhead = [r for r in _committed("end_to_end/overhead.json") if "our calls" in r]
     for name, bar, what in (
-        ("step ms", 0.15, "Python and dispatch, ms per layer and token"),
+        ("step ms", 0.15, "the whole step without its arithmetic, ms per layer and token"),
+        ("above nothing ms", 0.15, "the cache's and attention's part of it"),
+        ("above DynamicCache ms", 0.15, "above DynamicCache's"),
         ("our calls", 3, "op calls per layer"),
         ("bytes more at 4x", 0, "bytes of a step that grow with the context"),
     ):
-        for r in overhead:
+        for r in (r for r in overhead if name in r):
             line(f"{what}: `{r['policy']}`", bar, r[name], most=True)
     for r in _committed("end_to_end/skipdecode.json"):
         if r.get("bar") is not None:

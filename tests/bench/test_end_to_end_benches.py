@@ -65,14 +65,15 @@ def test_skipdecode_promises_what_the_schedule_runs(tmp_path, monkeypatch):
 def test_overhead_counts_calls_and_bytes(tmp_path):
     bench = script("overhead")
     assert bench["main"](["--layers", "2", "--rounds", "1", "--out", str(tmp_path / "x.json")]) == 0
-    rows = rows_of(tmp_path / "x.json", "policy", "step ms", "generate ms", "all calls")
-    assert len(rows) == 1 + len(bench["policies"](2))
+    rows = rows_of(tmp_path / "x.json", "policy", "step ms", "all calls")
+    assert len(rows) == 2 + len(bench["policies"](2))
     assert "our calls" not in rows[0]
-    for row in rows[1:]:
+    assert "our calls" not in rows[1]
+    assert rows[0]["all calls"] < rows[1]["all calls"]
+    for row in rows[2:]:
+        assert row["above nothing ms"] < row["step ms"]
         assert 1 <= row["our calls"] <= row["all calls"]
         assert row["bytes"] > 0
-        within = row["step ms"] <= 0.15 and row["our calls"] <= 3 and row["bytes more at 4x"] == 0
-        assert row["within"] == ("yes" if within else "no")
 
 
 def test_overhead_sees_an_allocation_that_grows():

@@ -65,7 +65,7 @@ def test_bars_show_every_loss(tables, tmp_path):
     assert met == {
         "`full`, 8,192 tokens: time over DynamicCache + sdpa": "**no**",
         "`full`, 512 tokens: time over DynamicCache + sdpa": "yes",
-        "Python and dispatch, ms per layer and token: `h2o`": "**no**",
+        "the whole step without its arithmetic, ms per layer and token: `h2o`": "**no**",
         "op calls per layer: `h2o`": "yes",
         "bytes of a step that grow with the context: `h2o`": "**no**",
         "SkipDecode's 2x table: x `full`": "yes",
