@@ -32,8 +32,8 @@ from kvcache.attention import CACHE
 from kvcache.engine import Engine
 from kvcache.evaluation.bench.caches import Context
 from kvcache.evaluation.bench.contender import BASELINE, Contender, Ours, Transformers
-from kvcache.evaluation.bench.decode import pinned
 from kvcache.evaluation.bench.limits import entry_bytes
+from kvcache.evaluation.bench.setting import pinned
 from kvcache.evaluation.bench.shapes import build, shape_named
 from kvcache.evaluation.bench.turns import clock_name, line, take_turns, write
 from kvcache.evaluation.suite import share_weights

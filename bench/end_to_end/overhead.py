@@ -35,7 +35,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 import kvcache
 from kvcache.attention import CACHE
 from kvcache.evaluation.bench.caches import Context, filled
-from kvcache.evaluation.bench.decode import pinned
+from kvcache.evaluation.bench.setting import pinned
 from kvcache.evaluation.bench.shapes import Shape, build
 from kvcache.evaluation.bench.timing import generate_tokens
 from kvcache.evaluation.bench.turns import clock_name, line, timed_turns, write

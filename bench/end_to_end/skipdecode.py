@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 import kvcache
 from kvcache import KVCache
 from kvcache.attention import CACHE
-from kvcache.evaluation.bench.decode import pinned
+from kvcache.evaluation.bench.setting import pinned
 from kvcache.evaluation.bench.shapes import build, shape_named
 from kvcache.evaluation.bench.timing import generate_tokens
 from kvcache.evaluation.bench.turns import clock_name, line, write

@@ -14,10 +14,10 @@ from transformers import DynamicCache, StaticCache
 import kvcache
 from kvcache import KVCache
 from kvcache.attention import CACHE
-from kvcache.evaluation.bench import contender, decode, limits
+from kvcache.evaluation.bench import contender, decode, limits, setting
 from kvcache.evaluation.bench.caches import Context, filled, needs_prompt
 from kvcache.evaluation.bench.contender import Ours, Transformers
-from kvcache.evaluation.bench.shapes import SHAPES, build, shape_named
+from kvcache.evaluation.bench.shapes import SHAPES, Shape, build, shape_named
 from kvcache.evaluation.bench.timing import Peak
 from kvcache.evaluation.rows import Row
 
@@ -112,7 +112,7 @@ def test_bytes_of_a_step(name):
 
 
 def test_tied_embeddings_are_read_as_the_output_projection():
-    shape = decode.Shape("tied", "LlamaForCausalLM", {**SHAPES["llama-tiny"].sizes, "tie_word_embeddings": True})
+    shape = Shape("tied", "LlamaForCausalLM", {**SHAPES["llama-tiny"].sizes, "tie_word_embeddings": True})
     model = build(shape, 32, dtype=torch.float32)
     assert limits.weight_bytes(model) == sum(p.nbytes for p in model.parameters())
 
@@ -152,7 +152,7 @@ def test_a_run_pairs_contenders_and_reports_them(tmp_path, capsys):
         assert x["of_limit"] == pytest.approx(x["limit_ms"] / row.ms_per_token)
         assert ("first_token_s" in x) == (row.length <= 24)
         assert x["peak_nbytes"] >= row.nbytes * x["batch"]
-        assert (row.ratio == 1.0) == (row.policy == decode.BASELINE)
+        assert (row.ratio == 1.0) == (row.policy == contender.BASELINE)
         assert x["paired"]
     assert {r.policy for r in rows} >= {"full", "h2o(heavy=0.1, recent=0.1)", "StaticCache + sdpa"}
     full = [r for r in rows if r.policy == "full" and r.extra["batch"] == 2]
@@ -218,12 +218,12 @@ def test_a_contender_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no such compiler\nand much more")
 
-    monkeypatch.setattr(decode, "StaticCache", broken)
+    monkeypatch.setattr(setting, "StaticCache", broken)
     rows = run(tmp_path, contexts=(24,), only=("dynamic", "static", "hqq", "kvpress", "kvcache"), policies=["full"])
     reasons = {r.policy: r.extra["left_out"] for r in rows if r.ms_per_token is None}
     assert reasons["StaticCache + sdpa"] == "RuntimeError: no such compiler"
     assert reasons["kvpress SnapKV 20%"].startswith("no --kvpress-python")
-    assert {r.policy for r in rows if r.ms_per_token} >= {"full", decode.BASELINE}
+    assert {r.policy for r in rows if r.ms_per_token} >= {"full", contender.BASELINE}
 
 
 def test_a_python_without_kvpress_is_said(tmp_path):
@@ -298,8 +298,8 @@ def test_what_only_a_gpu_has(monkeypatch):
     with Peak("cuda") as peak:
         pass
     assert peak.nbytes == 40
-    assert "h2o(heavy=512, recent=512)" in decode.default_policies(32768, "cuda")
-    assert decode.DEFAULTS["cuda"]["contexts"] == (4096, 32768, 131072)
+    assert "h2o(heavy=512, recent=512)" in setting.default_policies(32768, "cuda")
+    assert setting.DEFAULTS["cuda"]["contexts"] == (4096, 32768, 131072)
 
 
 def test_the_script_takes_what_was_fetched(tmp_path):

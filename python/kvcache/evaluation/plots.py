@@ -190,20 +190,28 @@ def plot_contexts(rows: Sequence[Row], path: Path) -> Path:
                 linewidth=2.0 if ours else 1.2, alpha=1.0 if ours else 0.85,
             )  # fmt: skip
             if ours:
-                limits = [r.extra["limit_ms"] for r in line]
-                ax.plot(
-                    xs, limits, color=colour, linestyle="--", linewidth=1.2, marker="_", label="limit of each policy"
-                )
+                ax.plot(xs, [r.extra["limit_ms"] for r in line], color=colour, linestyle="--", linewidth=1.2)
+        ax.plot([], [], color="#000000", linestyle="--", linewidth=1.2, label="limit of each policy")
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
+        _plain_ticks(ax)
         lengths = sorted({r.length for r in mine if r.length is not None})
         ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        ax.minorticks_off()
+        ax.xaxis.minorticks_off()
         ax.set_title(f"{model}, batch {batch}")
         ax.set_xlabel("context, tokens")
         ax.set_ylabel("ms per token")
     device = timed[0].extra.get("gpu") or f"{timed[0].extra.get('cpu', '')}, {timed[0].extra.get('threads', 1)} thread"
-    return _finish(fig, axes[0][0], f"Decode time of generate() on {device}", path, columns=3)
+    return _finish(fig, axes[0][0], f"Decode time of generate() on {device}", path, columns=2 * len(panels))
+
+
+def _plain_ticks(ax: Any) -> None:
+    """A logarithmic axis with 1, 2, 5, 10, 20, ... written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _family(row: Row) -> str:
