@@ -21,7 +21,7 @@ XDIST   = $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(in
 HAVE   := $(shell $(PYTHON) -c "import importlib.util as u; print(int(all(u.find_spec(m) for m in ('torch', 'pybind11', 'scikit_build_core', 'pytest'))))")
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test oldest test-oldest demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report compatibility
+.PHONY: test oldest test-oldest demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report compatibility peers bench
 
 test: build lint
 	$(PY) -m pytest -q $(XDIST) $(ARGS)
@@ -116,6 +116,32 @@ gpu-bench: gpu-build
 # No GPU needed: what the compiler says of every kernel, for docs/kernels.md.
 kernel-report:
 	$(PYTHON) bench/kernel_report.py --out bench/results/nvcc/kernels.json
+
+# Other libraries to measure against, in folders of their own: kvpress with the transformers that it needs (its own
+# Python, with .venv's torch), and what transformers' QuantizedCache needs. Fetched once; needs a network then.
+PEERS = build/peers
+peers: $(PEERS)/fetched
+$(PEERS)/fetched: | $(VENV)/ready
+	$(PY) -m venv --without-pip $(PEERS)/kvpress
+	$(PY) -c "import sys; print(*(p for p in sys.path if p.endswith('-packages')), sep='\n')" \
+	  > "$$($(PEERS)/kvpress/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/_outer.pth"
+	$(PY) -m pip --python $(PEERS)/kvpress/bin/python --disable-pip-version-check install -q kvpress==0.5.5 transformers==5.2.0
+	$(PIP) --no-deps --target $(PEERS)/quantized optimum-quanto==0.2.7
+	touch $@
+
+# The end-to-end tables of docs/results.md for this machine's CPU, on an otherwise idle machine: about 20 minutes on two
+# cores. With "make peers" before, kvpress and QuantizedCache take part.
+E2E = $(PY) bench/end_to_end
+RESULTS = bench/results/end_to_end
+bench: build
+	$(E2E)/overhead.py --out $(RESULTS)/overhead.json
+	$(E2E)/skipdecode.py --out $(RESULTS)/skipdecode.json
+	$(E2E)/tokenselect.py decode --out $(RESULTS)/tokenselect_decode.json
+	$(E2E)/tokenselect.py prefill --out $(RESULTS)/tokenselect_prefill.json
+	$(E2E)/h2o.py --out $(RESULTS)/h2o.json
+	$(E2E)/threads.py --out $(RESULTS)/threads.json
+	$(E2E)/generate.py
+	$(PY) bench/tables.py
 
 lint: build
 	$(call lint,ruff,check .)

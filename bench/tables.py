@@ -48,6 +48,8 @@ def machine(row: dict[str, Any]) -> str:
 
 
 def size(n: float) -> str:
+    if n >= 2**30:
+        return f"{n / 2**30:.2f} GiB"
     return f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.0f} KiB"
 
 
@@ -91,22 +93,69 @@ def demo(rows: Rows) -> str:
 
 
 def generate(rows: Rows) -> str:
-    """Decode time behind a context, against the baselines and the limit."""
+    """Decode time of the first model behind its longest contexts, in short: what README.md shows."""
+    timed = [r for r in rows if "ms_per_token" in r and r.get("batch", 1) == rows[0].get("batch", 1)]
+    timed = [r for r in timed if r.get("model") == timed[0].get("model")]
+    shown = sorted({r["length"] for r in timed})[-2:]
     body = []
-    for r in rows:
+    for r in timed:
+        if r["length"] not in shown:
+            continue
+        theirs, ratio = r["backend"] in ("transformers", "kvpress"), f"{r['ratio']:.2f}"
         body.append(
             [
                 f"`{r['policy']}`",
                 f"{r['length']:,}",
                 size(r["nbytes"]),
                 f"{r['ms_per_token']:.1f}",
-                f"**{r['ratio']:.2f}**" if r["backend"] != "transformers" else f"{r['ratio']:.2f}",
+                ratio if theirs else f"**{ratio}**",
                 f"{r['limit_ms']:.1f}",
                 f"{r['of_limit']:.0%}",
             ]
         )
     head = ["Cache", "Context", "Held", "ms/token", "Ratio to DynamicCache", "Limit, ms", "of limit"]
-    return f"{markdown(head, body)}\n\n{machine(rows[0])}"
+    return f"{markdown(head, body)}\n\n{machine(timed[0])}"
+
+
+def decode(rows: Rows) -> str:
+    """Decode time behind a context, against the baselines and the limit; one table for each model and batch."""
+    parts = []
+    for model, batch in dict.fromkeys((r.get("model", "llama-27m"), r.get("batch", 1)) for r in rows):
+        mine = [r for r in rows if (r.get("model", "llama-27m"), r.get("batch", 1)) == (model, batch)]
+        head = ["Cache", "Context", "Held", "Peak", "First token, s", "ms/token", "Tokens/s", "Ratio to DynamicCache",
+                "Limit, ms", "of limit"]  # fmt: skip
+        dtype = next((r["dtype"] for r in mine if "dtype" in r), "float32")
+        body = [_decode_line(r) for r in mine]
+        parts.append(f"`{model}`, {dtype}, batch {batch}:\n\n{markdown(head, body)}")
+    timed = next((r for r in rows if "ms_per_token" in r), {})
+    return "\n\n".join([*parts, machine(timed)])
+
+
+def _decode_line(r: dict[str, Any]) -> list[str]:
+    start = [f"`{r['policy']}`", f"{r['length']:,}"]
+    if "ms_per_token" not in r:
+        return [start[0] + f", left out: {r['left_out']}".replace("|", "\\|"), start[1], *[""] * 8]
+    batch, theirs = r.get("batch", 1), r["backend"] in ("transformers", "kvpress")
+    ratio = "" if "ratio" not in r else f"{r['ratio']:.2f}"
+    return [
+        *start,
+        size(r["nbytes"] * batch),
+        size(r["peak_nbytes"]) if r.get("peak_nbytes") is not None else "",
+        f"{r['first_token_s']:.2f}" if "first_token_s" in r else "",
+        f"{r['ms_per_token']:.1f}",
+        f"{batch * 1e3 / r['ms_per_token']:.1f}",
+        ratio if theirs else f"**{ratio}**",
+        f"{r['limit_ms']:.1f}",
+        f"{r['of_limit']:.0%}",
+    ]
+
+
+def script(found: dict[str, Any]) -> str:
+    """A bench of bench/end_to_end: its command, and its rows as they are; what a row does not have stays empty."""
+    rows = found["rows"]
+    head = list(dict.fromkeys(name for r in rows for name, value in r.items() if value is not None))
+    body = [[f"`{r[name]}`" if i == 0 else _number(r.get(name)) for i, name in enumerate(head)] for r in rows]
+    return f"`{found['command']}`\n\n{markdown(head, body)}\n\n{machine(found['machine'])}"
 
 
 def budgets(task: str) -> Callable[[Rows], str]:
@@ -167,12 +216,65 @@ def _number(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def bars(_: Any) -> str:
+    """What issue 5 asks of a CPU, and what the committed numbers say; a bar without its numbers is left out."""
+    body: list[list[str]] = []
+
+    def line(what: str, wanted: float, measured: float, most: bool = False, note: str = "") -> None:
+        met = measured <= wanted if most else measured >= wanted
+        body.append([what, f"{'≤' if most else '≥'} {wanted:g}", f"{measured:.3g}{note}", "yes" if met else "**no**"])
+
+    for r in _committed("generate/report.json"):
+        one = r.get("threads", 1) == r.get("batch", 1) == 1 and r["length"] >= 512
+        if r["policy"] == "full" and one and "ratio" in r:
+            what = f"`full`, {r['length']:,} tokens: time over DynamicCache + sdpa"
+            line(what, 0.7 if r["length"] >= 8192 else 1.0, r["ratio"], most=True)
+    overhead = [r for r in _committed("end_to_end/overhead.json") if "our calls" in r]
+    for name, bar, what in (
+        ("step ms", 0.15, "the whole step without its arithmetic, ms per layer and token"),
+        ("above nothing ms", 0.15, "the cache's and attention's part of it"),
+        ("above DynamicCache ms", 0.15, "above DynamicCache's"),
+        ("our calls", 3, "op calls per layer"),
+        ("bytes more at 4x", 0, "bytes of a step that grow with the context"),
+    ):
+        for r in (r for r in overhead if name in r):
+            line(f"{what}: `{r['policy']}`", bar, r[name], most=True)
+    for r in _committed("end_to_end/skipdecode.json"):
+        if r.get("bar") is not None:
+            line(f"SkipDecode's {r['table']} table: x `full`", r["bar"], r["x full"])
+    for r in _committed("end_to_end/tokenselect_decode.json"):
+        if r.get("bar") is not None:
+            line(f"`{r['cache']}`, {r['context']:,} tokens: x `full`", r["bar"], r["x full"])
+    for r in _committed("end_to_end/h2o.json"):
+        if r["cache"].startswith("h2o") and r["batch"] == r["largest batch"]:
+            line("H2O 20 %: x the batch that fits the full cache (a bar for GPUs)", 4.5, r["x batch"])
+    for r in _committed("end_to_end/threads.json"):
+        if r["contender"] == "full":
+            line(f"`full`, two threads, batch {r['batch']}: x one", 1.7, r["x"], note=f" (memory {r['memory x']:.3g})")
+    return markdown(["Bar on a CPU", "Wanted", "Measured", "Met"], body) if body else MISSING
+
+
+def _committed(file: str) -> Rows:
+    """The rows of a committed JSON; none if it is not there."""
+    path = RESULTS / file
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    return found if isinstance(found, list) else found["rows"]
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "demo": ("demo/report.json", demo),
     "generate": ("generate/report.json", generate),
+    "e2e-generate": ("generate/report.json", decode),
     "eval-passkey": ("eval/report.json", budgets("passkey")),
     "eval-recall": ("eval/report.json", budgets("recall")),
     "nvcc": ("nvcc/kernels.json", compiled),
+    **{
+        f"e2e-{name}": (f"end_to_end/{name}.json", script)
+        for name in ("overhead", "skipdecode", "tokenselect_decode", "tokenselect_prefill", "h2o", "threads")
+    },
+    "e2e-bars": (".", bars),
     "eval-text": ("eval/report.json", budgets("text")),
 }
 
@@ -184,6 +286,8 @@ def render(name: str) -> str:
     else:
         file, function = TABLES[name]
     path = RESULTS / file
+    if path == RESULTS:
+        return function(None)
     return function(json.loads(path.read_text())) if path.is_file() else MISSING
 
 

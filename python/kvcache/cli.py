@@ -22,9 +22,11 @@ Quality of every policy at budgets of 1/2, 1/4, 1/8 and 1/16 of the context, aga
 sinks and random eviction. Prints a table and writes report.json and plots. Nothing is downloaded."""
 
 _BENCH = """\
-Decode time of generate() on a wrapped 8-layer Llama with random weights (hidden 512, 8/2 heads, fp32) behind a long
-context, against transformers' DynamicCache and StaticCache, next to the limit that this machine's memory sets.
-Contenders run interleaved in one process on one thread; medians. Writes report.json."""
+Decode time of generate() behind a context, on models with random weights: kvcache's policies against transformers'
+DynamicCache (sdpa and eager), StaticCache (with and without torch.compile), QuantizedCache, and kvpress, with the
+same weights and ids, next to the limit that this machine's memory sets. Contenders take turns; medians. Without
+arguments: on a CPU a Llama of 8 layers on one thread, some minutes; on a GPU Qwen3-4B, Llama-3-8B and OPT-6.7B by
+their shapes, batches of 1, 4 and 8 behind 4k, 32k and 128k tokens. Writes report.json and generate.png."""
 
 _DOCTOR = """\
 Show versions, the backend and instruction set in use, what is known of CUDA, and check that every native op is
@@ -98,14 +100,26 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--policy", action="append", metavar="TEXT",
                           help="evaluate this policy text next to the others; may be repeated")  # fmt: skip
 
-    bench = add("bench", "decode time of generate() against transformers' caches", _BENCH)
+    bench = add("bench", "decode time of generate() against other caches", _BENCH)
     shared(bench, "bench")
-    bench.add_argument("--context", type=_positive, nargs="+", default=[2048, 8192], metavar="TOKENS",
-                       help="context lengths (2048 8192)")  # fmt: skip
-    bench.add_argument("--rounds", type=_positive, default=7, help="rounds, each with all contenders (%(default)s)")
-    bench.add_argument("--tokens", type=_positive, default=16, help="tokens per contender and round (%(default)s)")
+    bench.add_argument("--model", nargs="+", default=[], metavar="NAME", help="shapes: llama-27m, qwen3-0.6b, "
+                       "qwen3-4b, llama-3-8b, opt-6.7b, ... (by device)")  # fmt: skip
+    bench.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (%(default)s)")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and cache (by shape)")
+    bench.add_argument("--batch", type=_positive, nargs="+", default=[], metavar="ROWS", help="batches (by device)")
+    bench.add_argument("--context", type=_positive, nargs="+", default=[], metavar="TOKENS",
+                       help="context lengths (CPU: 512 2048 8192)")  # fmt: skip
+    bench.add_argument("--rounds", type=_positive, default=5, help="rounds, each with all contenders (%(default)s)")
+    bench.add_argument("--tokens", type=_positive, default=12, help="tokens per contender and round (%(default)s)")
+    bench.add_argument("--prefill", type=_positive, metavar="TOKENS",
+                       help="longest prompt that is really read, to time the first token (CPU: 2048)")  # fmt: skip
     bench.add_argument("--policy", action="append", metavar="TEXT",
                        help="time this policy text instead of the default ones; may be repeated")  # fmt: skip
+    bench.add_argument("--only", nargs="+", metavar="KIND", help="of dynamic, eager, static, compile, quanto, hqq, "
+                       "fp8, kvpress, kvcache (all but hqq and fp8)")  # fmt: skip
+    bench.add_argument("--kvpress-python", metavar="PATH", help="a Python that has kvpress and its transformers: "
+                       "make peers builds build/peers/kvpress/bin/python")  # fmt: skip
+    bench.add_argument("--seconds", type=float, help="begin no other setting after this long")
 
     add("doctor", "check this installation", _DOCTOR)
     return parser
@@ -169,16 +183,24 @@ def _eval(o: argparse.Namespace) -> None:
 
 
 def _bench(o: argparse.Namespace) -> None:
-    from .evaluation.generate_bench import run
+    from .evaluation.bench.decode import run
 
     run(
         o.out,
+        models=o.model,
+        device=o.device,
+        dtype=o.dtype,
+        batches=o.batch,
         contexts=o.context,
         rounds=o.rounds,
         tokens=o.tokens,
         threads=o.threads,
         policies=tuple(o.policy or ()),
+        prefill=o.prefill,
+        kvpress_python=o.kvpress_python,
+        seconds=o.seconds,
         seed=o.seed,
+        **({"only": tuple(o.only)} if o.only else {}),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from .contenders import label
 from .rows import Row
 
-__all__ = ["plot_budgets", "plot_demo"]
+__all__ = ["plot_budgets", "plot_contexts", "plot_demo"]
 
 # Okabe and Ito's palette: told apart by everyone; the markers differ as well.
 STYLE: dict[str, tuple[str, str]] = {
@@ -110,15 +110,16 @@ def _leave_out_far(ax: Any, rows: Sequence[Row]) -> None:
     ax.text(0.5, 0.985, f"beyond the axis: {beyond} ↑", transform=ax.transAxes, ha="center", va="top", fontsize=9)
 
 
-def _finish(fig: Any, ax: Any, title: str, path: Path) -> Path:
+def _finish(fig: Any, ax: Any, title: str, path: Path, columns: int = 7) -> Path:
     """Legend of ``ax`` below everything, title above; write ``path``."""
     import matplotlib.pyplot as plt
 
     handles, labels = ax.get_legend_handles_labels()
     known = dict(zip(labels, handles))
-    fig.legend(known.values(), known.keys(), loc="lower center", ncol=min(len(known), 7), frameon=False)
+    lines = -(-len(known) // columns)
+    fig.legend(known.values(), known.keys(), loc="lower center", ncol=min(len(known), columns), frameon=False)
     fig.suptitle(title, fontsize=11)
-    fig.tight_layout(rect=(0, 0.07, 1, 0.99))
+    fig.tight_layout(rect=(0, 0.02 + 0.05 * lines, 1, 0.99))
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -158,3 +159,62 @@ def plot_budgets(rows: Sequence[Row], path: Path) -> Path:
             ax.set_ylabel("answers right, % (with 95 % interval)")
             ax.set_ylim(-4, 104)
     return _finish(fig, axes[0][0], f"Quality against budget, context {rows[0].length:,} tokens", path)
+
+
+# Other libraries' caches: grey and brown tones, beside the policies' colours.
+THEIRS: dict[str, tuple[str, str]] = {
+    "DynamicCache + sdpa": ("#666666", "o"),
+    "DynamicCache + eager": ("#B0B0B0", "s"),
+    "StaticCache + sdpa": ("#A6761D", "^"),
+    "StaticCache + torch.compile": ("#66451A", "v"),
+}
+
+
+def plot_contexts(rows: Sequence[Row], path: Path) -> Path:
+    """Milliseconds per token against the context, one line a contender, the limit of each dashed in its colour.
+
+    ``rows`` of ``kvcache bench``; one panel for every model and batch. Rows without a time are not drawn.
+    """
+    timed = [r for r in rows if r.ms_per_token is not None]
+    panels = list(dict.fromkeys((r.extra["model"], r.extra["batch"]) for r in timed))
+    fig, axes = figure(len(panels), width=5.6, height=4.6)
+    for ax, (model, batch) in zip(axes[0], panels):
+        mine = [r for r in timed if (r.extra["model"], r.extra["batch"]) == (model, batch)]
+        for name in dict.fromkeys(_family(r) for r in mine):
+            line = sorted((r for r in mine if _family(r) == name), key=lambda r: r.length or 0)
+            colour, marker = STYLE.get(line[0].name) or THEIRS.get(name) or ("#56B4E9", "*")
+            ours = line[0].backend not in ("transformers", "kvpress")
+            xs = [r.length for r in line]
+            ax.plot(
+                xs, [r.ms_per_token for r in line], color=colour, marker=marker, markersize=6, label=name,
+                linewidth=2.0 if ours else 1.2, alpha=1.0 if ours else 0.85,
+            )  # fmt: skip
+            if ours:
+                ax.plot(xs, [r.extra["limit_ms"] for r in line], color=colour, linestyle="--", linewidth=1.2)
+        ax.plot([], [], color="#000000", linestyle="--", linewidth=1.2, label="limit of each policy")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        _plain_ticks(ax)
+        lengths = sorted({r.length for r in mine if r.length is not None})
+        ax.set_xticks(lengths, [f"{n:,}" for n in lengths])
+        ax.xaxis.minorticks_off()
+        ax.set_title(f"{model}, batch {batch}")
+        ax.set_xlabel("context, tokens")
+        ax.set_ylabel("ms per token")
+    device = timed[0].extra.get("gpu") or f"{timed[0].extra.get('cpu', '')}, {timed[0].extra.get('threads', 1)} thread"
+    return _finish(fig, axes[0][0], f"Decode time of generate() on {device}", path, columns=2 * len(panels))
+
+
+def _plain_ticks(ax: Any) -> None:
+    """A logarithmic axis with 1, 2, 5, 10, 20, ... written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _family(row: Row) -> str:
+    """One line in the plot: a policy whose numbers follow the context is the same policy at all of them."""
+    shares = row.name == "tokenselect"
+    return label(row.name) if shares else row.policy
