@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from support.models import WINDOW, build, greedy, padded, prompt
+from support.models import ARCHITECTURES, WINDOW, build, greedy, padded, prompt
 from support.policies import LAYERS, POLICIES
 from support.pretend_gpu import GPU, PretendTensor, move, on_gpu, pretend_gpu
 
@@ -76,13 +76,16 @@ def test_the_same_tokens_by_replays(gpu, policy, side):
             torch.testing.assert_close(*(torch.where(live, x, 0.0) for x in scores), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt-oss"])
-@pytest.mark.parametrize("policy", ["full", "h2o"])
-def test_windows_and_sinks(gpu, name, policy):
-    here, there = both(gpu, POLICIES[policy], prompt(WINDOW + 3, rows=2), name=name)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(gpu, name):
+    here, there = both(gpu, POLICIES["h2o"], prompt(WINDOW + 3, rows=2), name=name, new=16)
     assert torch.equal(here.sequences, host(there.sequences))
     graphs = there.past_key_values.graphs
-    assert graphs.replays >= 10 or "cannot be captured" in graphs.refused
+    if graphs.refused is None:
+        assert graphs.replays >= 8
+    else:  # experts of a mixture are chosen on the host, as these models are built here
+        assert "cannot be captured" in graphs.refused
+        assert any(part in name for part in ("moe", "oss", "deepseek")), graphs.refused
 
 
 def test_growing_needs_few_captures(gpu):
