@@ -68,8 +68,8 @@ class Contender:
         cache = getattr(self, "cache", None)
         if isinstance(cache, KVCache):
             self.kept = entries_read(cache)
-            decode = getattr(cache.report(), "decode", None)  # whether steps were replayed from a captured graph
-            self.extra |= {} if decode is None else {"decode": decode}
+            graphs = getattr(cache, "graphs", None)
+            self.extra["decode"] = "eager" if graphs is None else str(graphs)  # replayed from a captured graph?
         self.step_nbytes = step_bytes(self.context.model, cache, self.context.rows, self.kept)
 
     def close(self) -> None:
