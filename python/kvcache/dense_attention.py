@@ -25,6 +25,20 @@ def _flash_attn() -> Any | None:
         return None
 
 
+@cache
+def fast_types(device: str) -> tuple[torch.dtype, ...]:
+    """The types in which torch's own causal attention beats this package's on a device of this type ("cpu", "cuda").
+
+    On a GPU both half precisions: flash attention. On a CPU bfloat16 where the processor multiplies it in matrix tiles
+    (AMX), which torch uses; without them our kernel is ahead in every type (docs/kernels.md has both).
+    """
+    if device != "cpu":
+        return torch.float16, torch.bfloat16
+    ask = getattr(torch.cpu, "get_capabilities", None)  # not every supported torch has it
+    tiles = ask().get("amx_bf16", False) if ask else torch.cpu._is_amx_tile_supported()
+    return (torch.bfloat16,) if tiles else ()
+
+
 def _on_gpu(q: Tensor) -> bool:
     return q.is_cuda
 

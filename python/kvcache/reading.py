@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .dense_attention import dense_attention
+from .dense_attention import dense_attention, fast_types
 from .layer_state import Layer, RecordedQueries
 from .policies.base import Policy
 from .step import Attention, Pages, Step
@@ -147,16 +147,11 @@ class Reading:
         return out
 
     def _is_plain(self, layer: Layer, step: Step, ask: Attention, keys: Tensor) -> bool:
-        """Whether torch's dense causal attention over the new tokens alone is the answer, and the faster way to it.
-
-        On a CPU torch multiplies bfloat16 in matrix tiles (AMX) where the processor has them; in float32 and float16
-        our own kernel is ahead (bench/results/cpu_prefill_attention.json). On a GPU torch has flash attention for both
-        half precisions.
-        """
+        """Whether torch's dense causal attention over the new tokens alone is the answer, and the faster way to it."""
         dtype = keys.dtype
         return (
             layer.was_empty
-            and (dtype == torch.bfloat16 or (dtype == torch.float16 and keys.is_cuda))
+            and dtype in fast_types(keys.device.type)
             and not self.policy.needs
             and not step.padded
             and layer.index not in step.routed

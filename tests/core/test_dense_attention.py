@@ -47,3 +47,18 @@ def test_used_where_it_fits(calls, monkeypatch, gpu, dtype, dim, used):
     )
     assert out.shape == q.shape
     assert (out.float() - want).abs().max() < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(("tiles", "types"), [(True, (torch.bfloat16,)), (False, ())])
+def test_torch_prefills_on_a_cpu_only_where_it_has_matrix_tiles(monkeypatch, tiles, types):
+    module.fast_types.cache_clear()
+    try:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles}, raising=False)
+        assert module.fast_types("cpu") == types
+        module.fast_types.cache_clear()
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+        assert module.fast_types("cpu") == types
+    finally:
+        module.fast_types.cache_clear()
+    assert module.fast_types("cuda") == (torch.float16, torch.bfloat16)
