@@ -3,6 +3,7 @@
 #include <limits>
 #include <vector>
 
+#include "../cpu/attention_plan.h"
 #include "../cpu/kernels.h"
 #include "../cuda/kernels.h"
 #include "attention_checker.h"
