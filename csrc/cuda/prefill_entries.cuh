@@ -73,21 +73,19 @@ struct Entries {
     return slot < count ? slot : -1;
   }
   __device__ int position(int slot) const { return slot < 0 ? kNowhere : positions[slot]; }
-  // Number of the entry's row in the pools.
-  __device__ int64_t line(int slot) const {
-    const int page = slot / page_size;
-    return int64_t(table[page]) * page_size + (slot - page * page_size);
-  }
+  // The entry's page, and the number of its row in the pools.
+  __device__ int page(int slot) const { return table[slot / page_size]; }
+  __device__ int64_t line_in(int page, int slot) const { return int64_t(page) * page_size + slot % page_size; }
+  __device__ int64_t line(int slot) const { return line_in(page(slot), slot); }
 };
 
 // Finds the tiles of kKeys places that some query sees. Looks at kChunk tiles at a time.
 template <int kKeys, int kThreads>
 struct TileScan {
   static constexpr int kChunk = 32, kLanes = 4;
-  Bounds* bounds;  // shared, [2][kChunk]: the chunk at hand and the one before
-  int end, next;   // tiles; the first that was not looked at
-  int chunk = 0, parity = 1;
-  unsigned left = 0;  // tiles of the chunk that are still to be visited
+  Bounds* bounds;     // shared, [2][kChunk]: the chunk at hand and the one before
+  int end, next;      // tiles; the first that was not looked at
+  unsigned left = 0;  // tiles of the chunk at hand that are still to be visited
 
   __device__ TileScan(Bounds* memory, int first_tile, int end_tile) : bounds(memory), end(end_tile), next(first_tile) {}
 
@@ -99,16 +97,21 @@ struct TileScan {
     }
     const int t = __ffs(int(left)) - 1;
     left &= left - 1;
-    return chunk + t;
+    return chunk() + t;
   }
   // Of a tile just pulled.
-  __device__ Bounds of(int tile) const { return bounds[parity * kChunk + tile - chunk]; }
+  __device__ Bounds of(int tile) const { return at_hand()[tile - chunk()]; }
 
  private:
+  // Both follow from `next`, as registers are short where tiles are walked. A chunk and the one after it have different
+  // buffers.
+  __device__ int chunk() const { return next - kChunk; }
+  __device__ Bounds* at_hand() const { return bounds + (next / kChunk & 1) * kChunk; }
+
   __device__ void look(const Entries& entries, const Reach& reach) {
-    chunk = next;
-    next += kChunk;
-    parity ^= 1;  // with two buffers one barrier is enough: whoever writes the other one has left this one's ballot
+    next += kChunk;  // with two buffers one barrier is enough: whoever writes the other one has left this one's ballot
+    const int chunk = this->chunk();
+    Bounds* of_chunk = at_hand();
     const int lane = threadIdx.x % 32;
     for (int t = threadIdx.x / kLanes; t < kChunk; t += kThreads / kLanes) {
       Bounds b{kNowhere, INT32_MIN};
@@ -124,10 +127,10 @@ struct TileScan {
         b.low = min(b.low, __shfl_xor_sync(kFullWarp, b.low, distance));
         b.high = max(b.high, __shfl_xor_sync(kFullWarp, b.high, distance));
       }
-      if (lane % kLanes == 0) bounds[parity * kChunk + t] = b;
+      if (lane % kLanes == 0) of_chunk[t] = b;
     }
     __syncthreads();
-    left = __ballot_sync(kFullWarp, chunk + lane < end && !reach.hides(bounds[parity * kChunk + lane]));
+    left = __ballot_sync(kFullWarp, chunk + lane < end && !reach.hides(of_chunk[lane]));
   }
 };
 

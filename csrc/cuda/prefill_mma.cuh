@@ -70,7 +70,14 @@ __device__ __forceinline__ void multiply_rows(const T* a, int first_a, const T* 
     }
   };
   if constexpr (kDim > 0) {
-#pragma unroll
+    // The swizzle repeats after four steps. In a long row ptxas for sm_100 and later keeps the addresses of all steps in
+    // registers otherwise, and spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+    constexpr int kAtOnce = kDim > 128 ? 4 : kDim / 16;
+#else
+    constexpr int kAtOnce = kDim / 16;
+#endif
+#pragma unroll kAtOnce
     for (int s = 0; s < kDim / 16; ++s) step(s);
   } else {
 #pragma unroll 2
