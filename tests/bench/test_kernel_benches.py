@@ -99,7 +99,7 @@ def test_gpu_side(name, captures, tmp_path, capsys):
         from devices import CudaBench
 
         small = mock.patch.multiple(CudaBench, kind="emulated", peak=lambda _: 1e12)
-        with pretended(**more), pretend_gpu(emulated=True), small:
+        with pretend_gpu(emulated=True), pretended(**more), small:  # its own graphs, of which nothing is replayed
             run()
     found = json.loads((tmp_path / "rows.json").read_text())
     assert found["machine"]["gpu"] == "pretended"
