@@ -278,6 +278,8 @@ class Engine(Reading, Evicting):
         if step.rewind is None:
             self.advance()
         self.step = None
+        for layer in self.layers:
+            layer.undo = None  # refers to the step, and that to layers: pages must not wait for the garbage collector
         self.unplanned |= step.prompt
         if not self.recording and self._prompt_left <= 0:
             self.prompt_length = None
