@@ -361,7 +361,10 @@ class LayerStore:
 
     def lost(self, entries: np.ndarray) -> None:
         """The host's account of an eviction that took one entry from the heads ``entries`` [R, H] bool."""
-        pool, room = self.storage.pool, self.room + 1 if entries.all() else 0
+        pool = self.storage.pool
+        # Without room so far, the slot that became free may lie in a page that others hold as well.
+        own = self.room > 0 or pool.shared_pages == 0
+        room = self.room + 1 if own and entries.all() else 0
         self._count(self.counts_host - entries.astype(np.int32) if self.mirrored else self.counts_host)
         if not pool.shrink(self.table_host, self.counts_host):
             self.room = room
