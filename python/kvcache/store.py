@@ -266,7 +266,8 @@ class LayerStore:
         if changed and ((self.table_host != self._uploaded) & (self.table_host >= 0)).any():
             self.upload_table()
         if added.min() == most:  # a row that adds nothing may share its last page
-            self.room = most + int((-(self.counts_host + most) % self.storage.page_size).min())
+            room = most + int((-(self.counts_host + most) % self.storage.page_size).min())
+            self.room = min(room, self.capacity - self.max_count)  # an upper bound, which must fit as well
 
     def write(self, k: Tensor, v: Tensor, new_positions: Tensor, new_columns: Tensor | None = None) -> None:
         """What :meth:`append` does on the device, behind :meth:`extend`; :meth:`grew` tells the host."""

@@ -1,4 +1,4 @@
-"""What one store may write without asking the pool: never a page that another store holds too."""
+"""What a store may write without asking the pool: no page that another holds too, no slot beyond its columns."""
 
 import numpy as np
 import torch
@@ -27,3 +27,16 @@ def test_a_slot_freed_by_eviction_may_lie_in_a_shared_page(backend):
     assert float(twin.gather("keys")[0, 0, -1, 0]) == 50
     append(store, 60, 1)
     assert float(twin.gather("keys")[0, 0, -1, 0]) == 50
+
+
+def test_the_bound_of_the_counts_stays_within_the_columns(backend):
+    """Rows that take turns to grow: the bound grows with every token, the counts with every other."""
+    storage = PageStorage(SIZE, DIM, DIM, torch.float32, torch.device("cpu"))
+    store = LayerStore(storage, 2, HEADS)
+    for step in range(12):
+        added = np.array([[1, 0], [0, 1], [1, 1]][step % 3], np.int32)
+        positions = torch.tensor([[step if n else -1] for n in added], dtype=torch.int32)
+        k = torch.randn(2, HEADS, 1, DIM)
+        store.append(k, k, positions, added, spare=0)
+        assert int(store.counts.max()) <= store.max_count <= store.capacity
+        assert store.gather("keys").shape[2] == store.max_count
