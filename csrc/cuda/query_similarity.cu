@@ -1,4 +1,5 @@
 // Cosine of two queries over all their heads: the Selection Cache asks it at every step (TokenSelect, Algorithm 1).
+#include "block_sum.cuh"
 #include "device.cuh"
 #include "kernels.h"
 #include "types.cuh"
@@ -11,18 +12,6 @@ constexpr int kThreads = 256;
 template <class T>
 __device__ __forceinline__ float element(const Strided4& x, int64_t row, int i, int dim) {
   return to_float(static_cast<const T*>(x.data)[row * x.stride[0] + i / dim * x.stride[1] + i % dim]);
-}
-
-// Sum over the block, the same in all threads and for all orders of execution. `shared` [8] is free afterwards.
-__device__ __forceinline__ float block_sum(float value, float* shared) {
-  value = warp_sum(value);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) sum += shared[i];
-  __syncthreads();
-  return sum;
 }
 
 // One block per row. Both are brought to length 1 before they are multiplied, as torch does it: the products of long
@@ -39,13 +28,13 @@ __global__ void __launch_bounds__(kThreads, 4) query_similarity_kernel(Similarit
     b_square += b * b;
   }
   constexpr float kLeast = 1e-8f;
-  const float a_length = fmaxf(sqrtf(block_sum(a_square, shared)), kLeast);
-  const float b_length = fmaxf(sqrtf(block_sum(b_square, shared)), kLeast);
+  const float a_length = fmaxf(sqrtf(block_sum<kThreads>(a_square, shared)), kLeast);
+  const float b_length = fmaxf(sqrtf(block_sum<kThreads>(b_square, shared)), kLeast);
   float product = 0;
   for (int i = threadIdx.x; i < n; i += kThreads) {
     product += element<A>(p.a, row, i, p.dim) / a_length * (element<B>(p.b, row, i, p.dim) / b_length);
   }
-  product = block_sum(product, shared);
+  product = block_sum<kThreads>(product, shared);
   if (threadIdx.x == 0) p.out[row] = product;
 }
 

@@ -2,6 +2,7 @@
 // asks for a new one; then the kernels of page_scores, selection_scores and topk run, in which the blocks of rows that go
 // on with their list return at once. Which rows those are never leaves the device.
 #include "../core/selection_cache.h"
+#include "block_sum.cuh"
 #include "device.cuh"
 #include "kernels.h"
 #include "types.cuh"
@@ -144,18 +145,6 @@ Hand place(const SelectTokensParams& p, void* memory) {
   return hand;
 }
 
-// The same sum in all threads. `shared` [kThreads / 32] is free afterwards.
-__device__ __forceinline__ float block_sum(float value, float* shared) {
-  value = warp_sum(value);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
-  __syncthreads();
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) sum += shared[i];
-  __syncthreads();
-  return sum;
-}
-
 // Element i of a row's query without its rotation, rounded as the query is.
 template <class T>
 __device__ __forceinline__ T plain_element(const SelectTokensParams& p, int64_t row, int i) {
@@ -179,13 +168,13 @@ __device__ __forceinline__ float cosine(const SelectTokensParams& p, int64_t row
     b_square += b * b;
   }
   constexpr float kLeast = 1e-8f;  // as query_similarity
-  const float a_length = fmaxf(sqrtf(block_sum(a_square, shared)), kLeast);
-  const float b_length = fmaxf(sqrtf(block_sum(b_square, shared)), kLeast);
+  const float a_length = fmaxf(sqrtf(block_sum<kThreads>(a_square, shared)), kLeast);
+  const float b_length = fmaxf(sqrtf(block_sum<kThreads>(b_square, shared)), kLeast);
   float product = 0;
   for (int i = threadIdx.x; i < n; i += kThreads) {
     product += to_float(plain_element<T>(p, row, i)) / a_length * (to_float(known[i]) / b_length);
   }
-  return block_sum(product, shared);
+  return block_sum<kThreads>(product, shared);
 }
 
 template <class T>
