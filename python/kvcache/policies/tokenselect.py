@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import selection_cache
 from .base import Policy, Selection
 from .budget import check_count
 
@@ -125,11 +126,7 @@ class TokenSelect(Policy):
             (x * real).sum(2) / real.sum(2).clamp(min=1) for x in (queries, layer.without_rotation(queries, positions))
         )
         if "index" not in state:
-            rows = len(end)
-            index = torch.full((rows, 1, self._most + self.local), -1, dtype=torch.int32, device=end.device)
-            until, at, counts = torch.zeros(3, rows, dtype=torch.int32, device=end.device).unbind()
-            # As ops.select_tokens describes them; at 0: the row never chose.
-            state.update(query=torch.zeros_like(plain), index=index, counts=counts[:, None], until=until, at=at)
+            state.update(selection_cache.opened(plain, self._most + self.local))
         similarity = layer.similarity(plain, state["query"])
         asked = (positions >= 0).sum(1)  # of each row: padding beside a short prompt must not count
         stale = ~small & ((state["at"] <= 0) | (similarity < self.reuse))
@@ -139,8 +136,20 @@ class TokenSelect(Policy):
             stale |= ~small & ((held - state["at"] > self.local) | (asked > 1))
         layer.count("selections", int(stale.sum()))
         layer.count("reuses", int((~small & ~stale).sum()))
-        kept = self._extend(layer, torch.where(asks | (state["at"] <= 0), held, state["until"]))
-        return self._select(layer, query, plain, end, held, stale, kept) if bool(stale.any()) else kept
+        kept = selection_cache.extend(state, torch.where(asks | (state["at"] <= 0), held, state["until"]), self.local)
+        if not bool(stale.any()):
+            return kept
+        fresh = layer.choose(
+            query,
+            self.k,
+            torch.full_like(end, self.sinks),
+            (end - self.local).clamp(min=self.sinks),
+            end,
+            kept.index.shape[2],
+            soft=self.vote == "soft",
+            shortlist=self._pages(layer),
+        )
+        return selection_cache.renew(state, stale, plain, fresh, held)
 
     def phase(self, layer: LayerView) -> Hashable:
         if layer.sharded or self.positions == "compact":
@@ -153,8 +162,7 @@ class TokenSelect(Policy):
         state = layer.state
         width = self._most + self.local if self.reuse > -1.0 else max(self._most, layer.capacity)
         if state["index"].shape[2] < width:
-            # All of it anew: what an undone step goes back to must not have been written in place.
-            state.update({name: x.clone() for name, x in state.items()}, index=_widen(state["index"], width))
+            state["index"] = selection_cache.widen(state["index"], width)
         return layer.select_tokens(
             queries[:, :, 0],
             positions[:, 0].contiguous(),
@@ -166,58 +174,3 @@ class TokenSelect(Policy):
             soft=self.vote == "soft",
             shortlist=self._pages(layer),
         )
-
-    def _select(
-        self,
-        layer: LayerView,
-        query: Tensor,
-        plain: Tensor,
-        end: Tensor,
-        held: Tensor,
-        stale: Tensor,
-        kept: Selection,
-    ) -> Selection:
-        """Select anew for the ``stale`` rows; the others keep ``kept``. ``plain``: ``query`` without its rotation."""
-        state = layer.state
-        fresh = layer.choose(
-            query,
-            self.k,
-            torch.full_like(end, self.sinks),
-            (end - self.local).clamp(min=self.sinks),
-            end,
-            kept.index.shape[2],
-            soft=self.vote == "soft",
-            shortlist=self._pages(layer),
-        )
-        index = torch.where(stale[:, None, None], fresh.index, kept.index)
-        counts = torch.where(stale[:, None], fresh.counts, kept.counts)
-        state.update(
-            query=torch.where(stale[:, None, None], plain, state["query"]).contiguous(),
-            index=index,
-            counts=counts,
-            until=torch.where(stale, held, state["until"]),
-            at=torch.where(stale, held, state["at"]),
-        )
-        return Selection(index, counts)
-
-    def _extend(self, layer: LayerView, end: Tensor) -> Selection:
-        """The list of each row and every entry that came since, up to slot ``end`` [rows]."""
-        state = layer.state
-        index, counts, until = state["index"], state["counts"], state["until"]
-        fresh = int((end - until).max())
-        need = int(counts.max()) + max(fresh, 0)
-        if need > index.shape[2]:
-            index = _widen(index, need + self.local)
-        if fresh > 0:
-            step = torch.arange(fresh, dtype=torch.int32, device=end.device)[None]
-            new = step < (end - until)[:, None]
-            place = torch.where(new, counts + step, index.shape[2] - 1).long()
-            slots = torch.where(new, until[:, None] + step, index[:, 0].gather(1, place))
-            index[:, 0].scatter_(1, place, slots)
-            counts = counts + (end - until).clamp(min=0)[:, None]
-        state.update(index=index, counts=counts, until=torch.maximum(end, until))
-        return Selection(index, counts)
-
-
-def _widen(index: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(index, (0, width - index.shape[2]), value=-1)
