@@ -8,6 +8,7 @@ another kind) both functions are what the model used before.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import threading
@@ -42,6 +43,12 @@ def cache_argument(parameters: Iterable[str]) -> str:
     """Which of :data:`CACHE_ARGUMENTS` a function with these parameters has."""
     new, old = CACHE_ARGUMENTS
     return new if new in parameters else old
+
+
+@functools.cache
+def parameters_of(forward: Callable) -> list[str]:
+    """Names of the parameters of a class's ``forward``; kept, as looking takes long and every forward asks."""
+    return [n for n in inspect.signature(forward).parameters if n != "self"]
 
 
 #: What the installed transformers calls it.

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .attention import CACHE_ARGUMENTS, current_frame
+from .attention import CACHE_ARGUMENTS, current_frame, parameters_of
 from .layer_state import FAR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .cache import KVCache
+    from .engine import Engine
     from .layer_state import Layer
+    from .step import Step
 
 __all__ = ["DecodeGraphs", "GraphedForward"]
 
@@ -75,14 +77,12 @@ class DecodeGraphs:
         """``forward(**kwargs)``, a forward of one token per row that ``cache`` has been prepared for."""
         if self.refused is not None:
             return forward(**kwargs)
+        step = cache.engine.step
+        assert step is not None
         try:
             inputs, constants = split_inputs(kwargs)
             phases = phases_of(cache)
-            if (
-                not places_given(model, kwargs)
-                or None in phases
-                or not cache.engine.evictable_in_advance(self._step(cache))
-            ):
+            if not places_given(model, kwargs) or None in phases or not cache.engine.evictable_in_advance(step):
                 return forward(**kwargs)  # this time: the end of a prompt, shared pages, a first selection
             memory = memory_of(cache)
             addresses = tuple(map(id, memory))
@@ -92,7 +92,7 @@ class DecodeGraphs:
             key = (
                 tuple((n, t.shape, t.dtype, t.device) for n, t in inputs.items()),
                 constants,
-                frozenset(self._step(cache).skipped),
+                frozenset(step.skipped),
                 addresses,
                 phases,
                 weights_of(model),
@@ -103,30 +103,24 @@ class DecodeGraphs:
                 return forward(**kwargs)
             if found is None:
                 check_model(model)
-                found = self._capture(cache, forward, kwargs, inputs, memory)
+                found = self._capture(cache.engine, step, forward, kwargs, inputs, memory)
                 self._remember(self.captured, key, found)
             elif has_hooks(model):
                 raise NotCapturable("a hook was added to one of the model's modules")
             else:
                 for name, tensor in found.inputs.items():
                     tensor.copy_(inputs[name])
-                cache.engine.advance(found.wrote, launched=False)
+                cache.engine.advance(found.wrote)
             self.captured.move_to_end(key)
             found.graph.replay()
             self.replays += 1
-            self._step(cache).evicted = found.evicted
+            step.evicted = found.evicted
             return tree_map_only(Tensor, torch.clone, found.output)
         except NotCapturable as reason:
             self.refused = str(reason)
             self.captured.clear()
             logger.info("%s decodes without a CUDA graph: %s", type(model).__name__, reason)
             return forward(**kwargs)
-
-    @staticmethod
-    def _step(cache: KVCache) -> Any:
-        step = cache.engine.step
-        assert step is not None
-        return step
 
     @staticmethod
     def _remember(where: OrderedDict, key: tuple, value: Any) -> None:
@@ -136,34 +130,33 @@ class DecodeGraphs:
 
     def _capture(
         self,
-        cache: KVCache,
+        engine: Engine,
+        step: Step,
         forward: Callable[..., Any],
         kwargs: dict[str, Any],
         inputs: dict[str, Tensor],
         memory: tuple[Tensor, ...],
     ) -> Captured:
         """Capture the forward and the eviction behind it: nothing has run then, but the host counts the forward."""
-        engine, step = cache.engine, self._step(cache)
         still = {name: tensor.clone() for name, tensor in inputs.items()}
         masked = {"attention_mask": None} if "attention_mask" in kwargs else {}
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        before = engine.account(step)
+        before = engine.account()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = forward(**{**kwargs, **still, **masked})
                 wrote = list(step.wrote)
-                engine.advance(wrote)
+                engine.advance()
                 evicted = [x for x in engine.layers if x.store is not None and x.smallest_budget < FAR]
                 engine.evict_one(evicted, step)
-        except (RuntimeError, NotCapturable) as error:
+        except BaseException as error:
             engine.restore(step, before)
+            if not isinstance(error, RuntimeError):
+                raise
             text = str(error).strip().splitlines()
             raise NotCapturable(f"it cannot be captured ({text[0] if text else type(error).__name__})") from error
-        except BaseException:
-            engine.restore(step, before)
-            raise
         self.captures += 1
         return Captured(graph, still, output, wrote, evicted, memory)
 
@@ -192,7 +185,7 @@ def split_inputs(kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], tuple]:
 
 def places_given(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
     """Whether the places of the tokens come as tensors: else the model counts what the cache has seen, on the host."""
-    parameters = inspect.signature(type(model).forward).parameters
+    parameters = parameters_of(type(model).forward)
     return all(kwargs.get(name) is not None for name in ("position_ids", "cache_position") if name in parameters)
 
 
@@ -252,8 +245,7 @@ def check_model(model: PreTrainedModel) -> None:
             raise NotCapturable(f"layer {index} is {tier}: it works on tensors whose shape changes with every token")
     if has_hooks(model):
         raise NotCapturable("a module inside it has a hook, which a replay would not call")
-    parameters = inspect.signature(type(model).forward).parameters
-    if "position_ids" not in parameters:
+    if "position_ids" not in parameters_of(type(model).forward):
         raise NotCapturable("it takes no position_ids: it counts columns by the attention_mask, which grows")
 
 

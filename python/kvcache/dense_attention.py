@@ -30,7 +30,8 @@ def fast_types(device: str) -> tuple[torch.dtype, ...]:
     """The types in which torch's own causal attention beats this package's on a device of this type ("cpu", "cuda").
 
     On a GPU both half precisions: flash attention. On a CPU bfloat16 where the processor multiplies it in matrix tiles
-    (AMX), which torch uses; without them our kernel is ahead in every type (docs/kernels.md has both).
+    (AMX), which torch uses; without them our kernel was ahead where it was measured (docs/kernels.md: which types and
+    lengths).
     """
     if device != "cpu":
         return torch.float16, torch.bfloat16

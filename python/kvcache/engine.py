@@ -289,25 +289,24 @@ class Engine(Reading, Evicting):
         if step.repeats is not None:
             self.select_rows(step.repeats.inverse)
 
-    def advance(self, wrote: Sequence[Layer] = (), launched: bool = True) -> None:
+    def advance(self, unseen: Sequence[Layer] = ()) -> None:
         """Count the tokens of the step that is under way as seen.
 
-        ``launched`` False: layers ``wrote`` will store them when a captured graph runs, and the host counts that, too.
+        ``unseen``: layers that will store them when a captured graph runs; the host counts that, too.
         """
         step = self.step
         assert step is not None
         step.rewind = (self.seen, self.tokens, self.real)
         self.seen += step.tokens
         self.tokens, self.real = step.after, step.real
-        if not launched:
-            for layer in wrote:
-                assert layer.store is not None
-                layer.store.grew(step.added)
+        for layer in unseen:
+            assert layer.store is not None
+            layer.store.grew(step.added)
         if step.ready:
             for device, inputs in self._inputs.items():
                 self._tokens_on[device] = (self.tokens, inputs.after)
 
-    def account(self, step: Step) -> list[tuple[LayerStore, int, np.ndarray, int]]:
+    def account(self) -> list[tuple[LayerStore, int, np.ndarray, int]]:
         """What the host knows of the stores, to be put back by :meth:`restore`."""
         stores = [x.store for x in self.layers if x.store is not None]
         return [(s, s.max_count, s.counts_host, s.room) for s in stores]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, set_frame
+from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, parameters_of, set_frame
 from .decode_graph import GraphedForward
 from .parallel import TensorParallel
 from .rotation import Rotation
@@ -130,7 +129,7 @@ class OpenForward:
             return None  # an outer module of the same model opened it
         state = wrapped_state(self.model)
         assert state is not None
-        names = _parameters(type(module).forward)
+        names = parameters_of(type(module).forward)
         kwargs = {**dict(zip(names, args)), **kwargs}
         implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
         name = cache_argument(names)
@@ -217,11 +216,6 @@ def first_alike(inputs: dict[str, Any], rows: int) -> Tensor | None:
     return first.int().argmax(1)
 
 
-@functools.cache
-def _parameters(forward: Callable) -> list[str]:
-    return [n for n in inspect.signature(forward).parameters if n != "self"]
-
-
 def hook_forward(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
     """Hooks on the model and on the decoder inside it, so that either can be called; the outermost one acts."""
     entries: list[nn.Module] = [model, model.base_model]
@@ -297,19 +291,10 @@ def _rows_that_run(frame: Frame, step: Step, index: int, active: Tensor, inputs:
     key = (active.numpy().tobytes(), hidden.device)
     if key not in step.parts:
         rows = active.any(1).nonzero().squeeze(-1)
-        plain = len(rows) < total and all(_is_batch(x, total, active.shape[1]) is not None for x in _tensors(inputs))
+        given = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+        plain = len(rows) < total and all(_is_batch(x, total, active.shape[1]) is not None for x in given)
         step.parts[key] = Part(rows.to(hidden.device), total) if plain else None
     return step.parts[key]
-
-
-def _tensors(x: Any) -> Iterator[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for y in x:
-            yield from _tensors(y)
-    elif isinstance(x, dict):
-        yield from _tensors(list(x.values()))
 
 
 def _is_batch(x: Tensor, total: int, tokens: int) -> bool | None:
@@ -321,9 +306,10 @@ def _is_batch(x: Tensor, total: int, tokens: int) -> bool | None:
     return None  # a mask, positions of several kinds, ...
 
 
-def _pieces(step: Step, part: Part, x: Any, hidden: Tensor) -> Any:
-    """The inputs ``x`` of a layer for the rows of ``part``; what other layers get as well is cut once."""
-    if isinstance(x, Tensor):
+def _pieces(step: Step, part: Part, inputs: Any, hidden: Tensor) -> Any:
+    """The ``inputs`` of a layer for the rows of ``part``; what other layers get as well is cut once."""
+
+    def piece(x: Tensor) -> Tensor:
         if not _is_batch(x, part.total, step.tokens):
             return x
         if x is hidden:
@@ -332,11 +318,8 @@ def _pieces(step: Step, part: Part, x: Any, hidden: Tensor) -> Any:
         if key not in step.pieces:
             step.pieces[key] = (x, part.take(x))  # with x itself, so that its id stays its own
         return step.pieces[key][1]
-    if isinstance(x, dict):
-        return {k: _pieces(step, part, v, hidden) for k, v in x.items()}
-    if isinstance(x, (tuple, list)):
-        return type(x)(_pieces(step, part, y, hidden) for y in x)
-    return x
+
+    return tree_map_only(Tensor, piece, inputs)
 
 
 def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:

@@ -20,6 +20,7 @@ from kvcache.evaluation.bench.contender import Ours, Transformers
 from kvcache.evaluation.bench.shapes import SHAPES, Shape, build, shape_named
 from kvcache.evaluation.bench.timing import Peak
 from kvcache.evaluation.rows import Row
+from kvcache.layers import decoder_layers
 
 FILLED = ("full", "streamingllm(sinks=2, window=14)", "h2o(heavy=8, recent=8)", "tokenselect(k=8, sinks=4, local=4)")
 TINY = ("llama-tiny", "qwen3-tiny", "opt-tiny")
@@ -97,7 +98,7 @@ def test_bytes_of_a_step(name):
     parameters = sum(p.nbytes for p in model.parameters())
     embedded = 256 * 64 * 4 if name != "opt-tiny" else model.model.decoder.embed_positions.weight.nbytes
     assert limits.weight_bytes(model) == parameters - embedded
-    layer = sum(p.nbytes for p in limits.decoder_layers(model)[0].parameters())
+    layer = sum(p.nbytes for p in decoder_layers(model, model.config.num_hidden_layers)[0].parameters())
     assert limits.weight_bytes(model, 1.5) == parameters - embedded - layer // 2
     context = Context.random(model, 3, 20)
     cache = context.fill(DynamicCache(config=model.config))

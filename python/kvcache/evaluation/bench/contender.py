@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class LeftOut(RuntimeError):
 
 
 @dataclass
-class Contender:
+class Contender(ABC):
     """What its tokens took in each round, in milliseconds of wall and of processor time; and how memory grew."""
 
     name: str
@@ -49,17 +50,19 @@ class Contender:
     library: str = "transformers"
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @abstractmethod
     def prepare(self) -> None:
         """Make the cache and fill it. Raises :class:`LeftOut` where that is not possible."""
-        raise NotImplementedError
 
+    @abstractmethod
     def first_token(self) -> None:
         """Read the context's prompt into a cache of its own, once, timed."""
 
+    @abstractmethod
     def round(self, tokens: int) -> None:
         """Generate ``tokens`` timed tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def memory_round(self, tokens: int = 4) -> None:
         """An untimed round that finds the peak: what the cache has allocated and how far memory grew on top."""
 
@@ -68,10 +71,10 @@ class Contender:
         cache = getattr(self, "cache", None)
         if isinstance(cache, KVCache):
             self.kept = entries_read(cache)
-            graphs = getattr(cache, "graphs", None)
-            self.extra["decode"] = "eager" if graphs is None else str(graphs)  # replayed from a captured graph?
+            self.extra["decode"] = cache.report().decode  # replayed from a captured graph?
         self.step_nbytes = step_bytes(self.context.model, cache, self.context.rows, self.kept)
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the cache."""
 
@@ -101,8 +104,9 @@ class _Here(Contender):
     cache: Any = None
     sequence: Any = None
 
+    @abstractmethod
     def make(self, room: int) -> Any:
-        raise NotImplementedError
+        """An empty cache for ``room`` tokens."""
 
     def round(self, tokens: int) -> None:
         self.sequence, wall, cpu = generate_tokens(
@@ -223,6 +227,9 @@ class KVPress(Contender):
         answer = self.ask("fill", prompt=self.context.prompt.tolist(), read=self.read)
         self.kept = answer["kept"]
         self.prefill = None if answer["first_token"] is None else tuple(answer["first_token"])
+
+    def first_token(self) -> None:
+        """Nothing: its process has timed it as it read the prompt."""
 
     def round(self, tokens: int) -> None:
         answer = self.ask("round", tokens=tokens)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ... import _C
 from ...cache import KVCache
+from ...layers import decoder_layers
 from ..suite import entries_read
 
 __all__ = [
@@ -77,11 +78,6 @@ def _cuda_bandwidth(device: torch.device, size: int, repeats: int) -> float:
     return size / best
 
 
-def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The decoder layers: the longest list of modules in the model."""
-    return max((list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-
-
 def weight_bytes(model: PreTrainedModel, layers: float | None = None) -> float:
     """Bytes of weights that one decode step reads: all but the tables of embeddings, of which it reads a row.
 
@@ -96,7 +92,7 @@ def weight_bytes(model: PreTrainedModel, layers: float | None = None) -> float:
     }
     total = float(sum(p.nbytes for p in model.parameters() if id(p) not in tables))
     if layers is not None:
-        found = decoder_layers(model)
+        found = decoder_layers(model, model.config.num_hidden_layers)
         each = sum(p.nbytes for x in found for p in x.parameters()) / len(found)
         total -= (len(found) - layers) * each
     return total
