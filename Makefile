@@ -21,10 +21,15 @@ XDIST   = $(if $(filter 1,$(shell $(PY) -c "import importlib.util as u; print(in
 HAVE   := $(shell $(PYTHON) -c "import importlib.util as u; print(int(all(u.find_spec(m) for m in ('torch', 'pybind11', 'scikit_build_core', 'pytest'))))")
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test oldest test-oldest demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report compatibility peers bench
+.PHONY: test test-slow oldest test-oldest demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report compatibility peers bench
 
 test: build lint
-	$(PY) -m pytest -q $(XDIST) $(ARGS)
+	$(PY) -m pytest -q $(XDIST) -m "not slow" $(ARGS)
+
+# The rest: the CUDA kernels in builds of the emulation that check every access to memory, tens of thousands of rows,
+# whole models over the plain-torch reference. Twenty minutes on two cores.
+test-slow: build
+	$(PY) -m pytest -q $(XDIST) -m slow $(ARGS)
 
 # The tests that touch transformers once more, with the oldest version that is supported: kept in a folder of its own,
 # fetched once. Four minutes on two cores.

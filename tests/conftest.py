@@ -12,6 +12,16 @@ settings.register_profile("kvcache", deadline=None, suppress_health_check=list(H
 settings.load_profile("kvcache")
 
 
+def pytest_collection_modifyitems(items):
+    """Marks as slow whole models over the plain-torch reference, beside the same over the CPU kernels.
+
+    The ops' own tests compare kernels and reference; ``make test`` is to stay within minutes.
+    """
+    for item in items:
+        if item.get_closest_marker("reference") and item.path.parent.name not in ("ops", "core"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=HOST)
 def backend(request):
     """Runs the test with the reference and with the CPU kernels; the value is the name. In tests/ops: with all four."""

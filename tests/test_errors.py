@@ -286,10 +286,15 @@ def test_h2o_holds_a_fifth_in_the_process():
         return map(int, out.stdout.split())
 
     # What else a process allocates meanwhile only adds to its memory: the smallest of several runs is the cache's.
-    resident, held, full = min(tuple(measure("h2o(heavy=0.1, recent=0.1)")) for _ in range(4))
-    assert full == 2049 * 64 * 1024
-    assert held <= 0.22 * full
-    assert resident <= 0.22 * full, resident / full
+    smallest = float("inf")
+    for _ in range(4):
+        resident, held, full = measure("h2o(heavy=0.1, recent=0.1)")
+        assert full == 2049 * 64 * 1024
+        assert held <= 0.22 * full
+        smallest = min(smallest, resident)
+        if smallest <= 0.22 * full:
+            break
+    assert smallest <= 0.22 * full, smallest / full
     # The same measurement sees a cache that does hold everything.
     resident, held, full = measure("full")
     assert held >= full

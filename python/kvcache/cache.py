@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .attention import current_frame, no_grad
+from .attention import current_frame, no_grad, uncompiled
 from .cache_layers import is_stateful, make_layer
 from .decode_graph import DecodeGraphs
 from .engine import Engine
@@ -217,7 +217,7 @@ class KVCache(Cache):
 
     # -- the transformers contract ----------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # as attention.paged_attention
+    @uncompiled  # as attention.paged_attention
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -264,10 +264,9 @@ class KVCache(Cache):
         start = 0 if layer.store is None else layer.store.max_count
         positions = torch.arange(start, start + tokens, dtype=torch.int32).expand(rows, -1).contiguous()
         before = torch.full((rows,), start, dtype=torch.int32)
-        added = np.full(rows, tokens, np.int32)
-        step = Step(start, tokens, rows, positions, positions, before, before + tokens, added, None, False)
+        step = Step(start, tokens, rows, positions, positions, before, before + tokens, tokens, None, False)
         if layer.store is not None:
-            layer.store.storage.reserve(layer.store.pages_needed(added))
+            layer.store.storage.reserve(layer.store.pages_needed(tokens))
         self.engine.append(layer, k, v, step)
         if start + tokens > self.engine.seen:
             self.engine.seen, self.engine.tokens = start + tokens, before + tokens
@@ -285,12 +284,12 @@ class KVCache(Cache):
             "in a way that kvcache did not foresee; please report the model"
         )
 
-    @torch.compiler.disable
+    @uncompiled
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen (padding included), the same for every layer also where a schedule skips some."""
         return self.seen_tokens
 
-    @torch.compiler.disable
+    @uncompiled
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """(columns seen after ``query_length`` more, 0): masks speak of what was seen, not of what is kept."""
         return self.seen_tokens + query_length, 0

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ._C import OutOfPages
 from .evicting import Evicting
-from .layer_state import FAR, Layer
+from .layer_state import Layer
 from .policies.base import Policy
 from .policy_state import copied, joined
 from .reading import Reading
 from .step import Repeats, Step, StepInputs
-from .store import LayerStore, PageStorage
+from .store import Added, LayerStore, PageStorage
 
 if TYPE_CHECKING:
     from .parallel import TensorParallel
@@ -93,7 +93,7 @@ class Engine(Reading, Evicting):
             after = before + tokens
             step = torch.arange(tokens, dtype=torch.int32)
             reach = positions = before[:, None] + step
-            added = np.full(rows, tokens, np.int32)
+            added: Added = tokens
         else:
             count = new.cumsum(1, dtype=torch.int32)
             after = before + count[:, -1]
@@ -145,7 +145,7 @@ class Engine(Reading, Evicting):
                 if not some:
                     step.skipped.add(index)
 
-    def _added(self, step: Step, layer: Layer) -> np.ndarray:
+    def _added(self, step: Step, layer: Layer) -> Added:
         active = step.routed.get(layer.index)
         return step.added if active is None else (active & (step.positions >= 0)).sum(1, dtype=torch.int32).numpy()
 
@@ -162,9 +162,9 @@ class Engine(Reading, Evicting):
                 needs[storage] = needs.get(storage, 0) + pages
         for storage, pages in needs.items():
             storage.reserve(pages)
-        if self.max_tokens is not None and not needs and int(step.added.sum()) > self.max_tokens:
+        if self.max_tokens is not None and not needs and step.brings > self.max_tokens:
             raise PromptTooLong(
-                f"the prompt has {int(step.added.sum())} tokens (all rows), more than max_tokens={self.max_tokens}"
+                f"the prompt has {step.brings} tokens (all rows), more than max_tokens={self.max_tokens}"
             )
 
     def _prepare(self, step: Step) -> None:
@@ -306,15 +306,15 @@ class Engine(Reading, Evicting):
             for device, inputs in self._inputs.items():
                 self._tokens_on[device] = (self.tokens, inputs.after)
 
-    def account(self) -> list[tuple[LayerStore, int, np.ndarray, int]]:
+    def account(self) -> list[tuple[LayerStore, dict[str, Any]]]:
         """What the host knows of the stores, to be put back by :meth:`restore`."""
         stores = [x.store for x in self.layers if x.store is not None]
-        return [(s, s.max_count, s.counts_host, s.room) for s in stores]
+        return [(s, s.account()) for s in stores]
 
-    def restore(self, step: Step, before: list[tuple[LayerStore, int, np.ndarray, int]]) -> None:
+    def restore(self, step: Step, before: list[tuple[LayerStore, dict[str, Any]]]) -> None:
         """Forget what the host noted of a forward that never ran: its capture failed."""
-        for store, max_count, counts, room in before:
-            store.max_count, store.counts_host, store.room = max_count, counts, room
+        for store, account in before:
+            vars(store).update(account)
         step.wrote.clear()
         self._rewind(step)
 
@@ -487,8 +487,8 @@ class Engine(Reading, Evicting):
         for layer in self.layers:
             if layer.store is not None:
                 layer.store.release()
-            layer.store = layer.budgets = layer.recent = layer.new = None
-            layer.smallest_budget, layer.budgets_host = FAR, np.zeros((0, 0), np.int32)
+            layer.store = layer.new = None
+            layer.forget_budgets()
             layer.state, layer.pending, layer.undo, layer.saved = {}, [], None, {}
             layer.counters.clear()
         self.storages = {}
@@ -518,8 +518,9 @@ class Engine(Reading, Evicting):
             setattr(twin, name, getattr(self, name))
         for mine, theirs in zip(self.layers, twin.layers, strict=True):
             theirs.store = None if mine.store is None else mine.store.fork()
-            theirs.group, theirs.budgets, theirs.recent = mine.group, mine.budgets, mine.recent
-            theirs.smallest_budget, theirs.budgets_host = mine.smallest_budget, mine.budgets_host
+            theirs.group = mine.group
+            if theirs.store is not None:
+                theirs.set_budgets(mine.budgets, mine.recent)
             theirs.pending = list(mine.pending)
             theirs.counters = Counter(mine.counters)
             theirs.state = copied(mine.state)

@@ -60,27 +60,22 @@ class Evicting:
                 self.plan(layer)
             if store.max_count <= layer.smallest_budget:
                 continue
-            over = int((store.counts_host - layer.budgets_host).max())
+            over = layer.excess()
             if over == 1 and (evicted is not None or (layer.surely_evicts and not store.shared)):
                 single.append(layer)
             elif over > 0:
                 self.evict(layer, step)
         if single:
-            over_by_one = [self._over(x) for x in single]
+            over_by_one = [x.heads_over() for x in single]
             if evicted is None:
                 self.evict_one(single, step)
             for layer, lost in zip(single, over_by_one):
                 assert layer.store is not None
                 layer.store.lost(lost)
-                layer.counters["evictions"] += int(np.count_nonzero(lost))
+                layer.count("evictions", layer.store.counts_host.size if lost is None else int(np.count_nonzero(lost)))
         if plan:
             for storage in self.storages.values():
                 storage.trim()
-
-    @staticmethod
-    def _over(layer: Layer) -> np.ndarray:
-        assert layer.store is not None
-        return layer.store.counts_host > layer.budgets_host
 
     def plan(self, layer: Layer) -> None:
         """Fix the budgets of a layer."""
@@ -114,7 +109,7 @@ class Evicting:
         Launches kernels and waits for nothing. The host must know that every such head has a candidate and shares no
         pages, and accounts for what leaves: :meth:`kvcache.store.LayerStore.lost`.
         """
-        known: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        known: dict[tuple, tuple[Tensor, Tensor]] = {}
         for storage in self.storages.values():
             some = [x for x in layers if x.store is not None and x.store.storage is storage]
             if not some:
@@ -129,12 +124,12 @@ class Evicting:
             )  # fmt: skip
 
     def _unprotected(
-        self, layer: Layer, known: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] | None = None
+        self, layer: Layer, known: dict[tuple, tuple[Tensor, Tensor]] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Entries at positions [first, end) of each row, both [R] int32, may leave; ``known`` keeps what was asked."""
         assert layer.store is not None
         assert layer.recent is not None
-        key = (id(layer.recent) if layer.window is None else ~id(layer.recent), layer.recent.device)
+        key = (layer.recent_key, layer.window is None, layer.recent.device)
         found = None if known is None else known.get(key)
         if found is None:
             tokens = self.tokens_on(layer.store.counts.device)
@@ -169,7 +164,7 @@ class Evicting:
         store, budgets = layer.store, layer.budgets
         assert store is not None
         assert budgets is not None
-        over = int((store.counts_host - layer.budgets_host).max())
+        over = layer.excess()
         if over <= 0:
             return
         device = store.counts.device
@@ -188,7 +183,7 @@ class Evicting:
             k = (budgets - protected).clamp(min=0)
             width = int(torch.minimum(torch.maximum(budgets, protected), store.counts).max())
             store.keep(*ops.topk(scores.contiguous(), store.counts, p, k, first, end, max(width, 1)))
-        layer.counters["evictions"] += before - int(store.counts_host.sum())
+        layer.count("evictions", before - int(store.counts_host.sum()))
 
     def pages_to_evict(self, layer: Layer, added: np.ndarray | int, prompt: bool) -> int:
         """Fresh pages, at most, that evicting after ``added`` [R] more entries takes: copies of what others share.
@@ -224,6 +219,6 @@ class Evicting:
                 continue
             if layer.budgets is None or not layer.surely_evicts or store.shared:
                 return False
-            if store.max_count > layer.smallest_budget and (store.counts_host > layer.budgets_host).any():
+            if store.max_count > layer.smallest_budget and layer.excess() > 0:
                 return False
         return True

@@ -40,11 +40,7 @@ class Layer:
         self.state: dict[str, Any] = {}
         self._counters: Counter[str] = Counter()
         self.events: Tensor | None = None  # [2] int32 on the layer's device, EVENTS that no counter has seen yet
-        self.budgets: Tensor | None = None  # [R, H] int32, set when a prompt ends; on the layer's device
-        self.recent: Tensor | None = None  # [R] int32, likewise
-        self.budgets_host = np.zeros((0, 0), np.int32)
-        self.smallest_budget = FAR
-        self.surely_evicts = False  # a head over its budget always has an entry that is not protected
+        self.forget_budgets()
         self.pending: list[RecordedQueries | SlotProbabilities] = []  # what is not yet known to be accepted
         self.was_empty = True
         self.paged = True  # False: transformers' own layer, which holds nothing here
@@ -78,6 +74,32 @@ class Layer:
     def view(self) -> LayerView:
         return LayerView(self)
 
+    def count(self, event: str, times: int = 1) -> None:
+        """Add to an event counter; asks no device."""
+        self._counters[event] += times
+
+    def excess(self) -> int:
+        """By how many entries the head that is most over its budget is over it; negative if none reaches its own."""
+        assert self.store is not None
+        if self.store.even and self.even_budgets:
+            return self.store.max_count - self.smallest_budget
+        return int((self.store.counts_host - self.budgets_host).max())
+
+    def heads_over(self) -> np.ndarray | None:
+        """Heads over their budgets, [R, H] bool; None: all, and all alike."""
+        assert self.store is not None
+        even = self.store.even and self.even_budgets and self.store.max_count > self.smallest_budget
+        return None if even else self.store.counts_host > self.budgets_host
+
+    def forget_budgets(self) -> None:
+        self.budgets: Tensor | None = None  # [R, H] int32, set when a prompt ends; on the layer's device
+        self.recent: Tensor | None = None  # [R] int32, likewise
+        self.budgets_host = np.zeros((0, 0), np.int32)
+        self.recent_key = b""  # the same for layers that protect the same
+        self.smallest_budget = FAR
+        self.even_budgets = False  # all of them are the smallest
+        self.surely_evicts = False  # a head over its budget always has an entry that is not protected
+
     def set_budgets(self, budgets: Tensor | None, recent: Tensor | None) -> None:
         """Entries that each head may keep, [R, H] int32, and newest ones that are protected, [R] int32."""
         assert self.store is not None
@@ -86,8 +108,11 @@ class Layer:
         self.recent = None if recent is None else recent.to(device)
         self.budgets_host = np.zeros((0, 0), np.int32) if self.budgets is None else self.budgets.cpu().numpy()
         self.smallest_budget = int(self.budgets_host.min(initial=FAR))
+        self.even_budgets = int(self.budgets_host.max(initial=0)) == self.smallest_budget
         sinks = self.engine.policy.sinks if self.window is None else 0
-        protected = 0 if recent is None else recent.cpu().numpy().astype(np.int64)[:, None] + sinks
+        newest = np.zeros(0, np.int64) if recent is None else recent.cpu().numpy().astype(np.int64)
+        self.recent_key = newest.tobytes()
+        protected = 0 if recent is None else newest[:, None] + sinks
         self.surely_evicts = bool((self.budgets_host >= protected).all())
 
 
@@ -184,7 +209,7 @@ class LayerView:
 
     def count(self, event: str, times: int = 1) -> None:
         """Add to an event counter that ``cache.report()`` shows."""
-        self._layer._counters[event] += times
+        self._layer.count(event, times)
 
     def without_rotation(self, queries: Tensor, positions: Tensor) -> Tensor:
         """``queries`` [rows, query_heads, T, D] with the rotation to their ``positions`` [rows, T] taken off.
@@ -214,6 +239,16 @@ class LayerView:
             step.angles[device] = engine.rotation.angles(step.on(device, step.positions), -1.0)
         return step.angles[device]
 
+    def _single_angles(self, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """:meth:`_angles` of a step of one query per row, [rows, half] each; cut once for all layers."""
+        angles, step = self._angles(device), self._layer.engine.step
+        if angles is None or step is None:
+            return None, None
+        if device not in step.single_angles:
+            cos, sin = angles
+            step.single_angles[device] = cos[:, 0, 0], sin[:, 0, 0]
+        return step.single_angles[device]
+
     def select_tokens(
         self,
         query: Tensor,
@@ -236,8 +271,7 @@ class LayerView:
         s, layer = self._store, self._layer
         if layer.events is None:
             layer.events = torch.zeros(len(EVENTS), dtype=torch.int32, device=query.device)
-        angles = self._angles(query.device)
-        cos, sin = (None, None) if angles is None else (x[:, 0, 0] for x in angles)
+        cos, sin = self._single_angles(query.device)
         ops.select_tokens(
             query, s.storage.k_pages, s.table, s.counts, s.positions, positions, cos, sin,
             s.storage.bounds if shortlist else None, state["query"], state["index"], state["counts"], state["until"],

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, parameters_of, set_frame
+from .attention import (
+    CACHE_ARGUMENTS,
+    NAME,
+    Frame,
+    cache_argument,
+    current_frame,
+    parameters_of,
+    set_frame,
+    uncompiled,
+)
 from .decode_graph import GraphedForward
 from .parallel import TensorParallel
 from .rotation import Rotation
@@ -120,7 +129,7 @@ class OpenForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         from .cache import KVCache
 
@@ -179,7 +188,7 @@ class CloseForward:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    @torch.compiler.disable
+    @uncompiled
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         frame = current_frame()
         if frame is None or frame.opener is not module:

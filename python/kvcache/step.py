@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .store import LayerStore
+from .store import Added, LayerStore
 
 if TYPE_CHECKING:
     from .layer_state import Layer
@@ -65,7 +64,8 @@ class Step:
     ``positions`` [R, T] int32 counts the real tokens of each row, -1 marks padding; ``reach`` [R, T] int32 is the last
     position that each query may read: its own, or for padding that of the real token before it (its output is what
     generation continues from when a row is padded on the right). ``before`` and ``after`` [R] int32 are the real
-    tokens of each row before and after this forward; ``added`` is their difference, as numpy. All of it is on the CPU.
+    tokens of each row before and after this forward; ``added`` is their difference, as numpy, or one number where that
+    is the same for all. All of it is on the CPU.
     """
 
     start: int
@@ -75,7 +75,7 @@ class Step:
     reach: Tensor
     before: Tensor
     after: Tensor
-    added: np.ndarray
+    added: Added
     real: Tensor | None  # bool [R, start + T], which columns hold real tokens; None: all
     prompt: bool
     repeats: Repeats | None = None  # the tensors here, and the stores, have one row of each kind until the step ends
@@ -89,6 +89,7 @@ class Step:
     parts: dict[tuple, Part | None] = field(default_factory=dict)  # by what is active, for layers.RoutedForward
     pieces: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)  # its tensors of some rows, with the whole
     angles: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)  # turn queries back to position 0
+    single_angles: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of the only query's rows
     plans: dict[int, Tensor] = field(default_factory=dict)  # layer -> how a GPU shares out its entries
     _starts: dict[int, Tensor] = field(default_factory=dict)
     _decode_starts: dict[int, Tensor] = field(default_factory=dict)
@@ -109,9 +110,14 @@ class Step:
         return self._copies[key][1]
 
     @property
+    def brings(self) -> int:
+        """Real tokens of this forward, in all rows."""
+        return self.rows * self.added if isinstance(self.added, int) else int(self.added.sum())
+
+    @property
     def padded(self) -> bool:
         """Whether some token of this forward is padding."""
-        return int(self.added.sum()) != self.rows * self.tokens
+        return self.brings != self.rows * self.tokens
 
     def window_start(self, window: int, ahead: int = 0) -> Tensor:
         """First position that each query may read, [R, T] int32; ``ahead=1``: the query one column later.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,14 @@ from . import ops
 from ._C import OutOfPages, PagePool
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: How many entries every head of a row gains: [R] int32, or one number for all rows.
+Added = np.ndarray | int
+
+
+def _range(added: Added) -> tuple[int, int]:
+    """The least and the most that a row gains."""
+    return (added, added) if isinstance(added, int) else (int(added.min(initial=0)), int(added.max(initial=0)))
 
 
 class PageStorage:
@@ -159,6 +168,7 @@ class LayerStore:
         self.max_count = 0  # an upper bound of counts, known without asking the device
         self.mirrored = device.type != "cpu"  # whether the host works on copies
         self.room = 0  # entries that every head can gain without a word to the pool
+        self.even = True  # every head is known to hold max_count entries
         self._bind()
         storage.layers.add(self)
 
@@ -177,8 +187,14 @@ class LayerStore:
     def _count(self, counts: np.ndarray) -> None:
         """A kernel changed ``counts`` to these: the host's copy follows."""
         self.room = 0
+        self.max_count = int(counts.max(initial=0))
+        self.even = not counts.size or int(counts.min()) == self.max_count
         if self.mirrored:
             self.counts_host = counts
+
+    def account(self) -> dict[str, Any]:
+        """What :meth:`grew` and :meth:`lost` change, by attribute."""
+        return {name: getattr(self, name) for name in ("max_count", "counts_host", "room", "even")}
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -197,9 +213,9 @@ class LayerStore:
         pool = self.storage.pool
         return pool.shared_pages > 0 and pool.shared(self.table_host)
 
-    def pages_needed(self, added: np.ndarray) -> int:
-        """Fresh pages that appending ``added`` [R] int32 entries to every head takes, copies on write included."""
-        most = int(added.max(initial=0))
+    def pages_needed(self, added: Added) -> int:
+        """Fresh pages that appending ``added`` entries to every head takes, copies on write included."""
+        _, most = _range(added)
         if most <= self.room:
             return 0
         self._widen(self.max_count + most)
@@ -237,17 +253,17 @@ class LayerStore:
         k: Tensor,
         v: Tensor,
         new_positions: Tensor,
-        added: np.ndarray,
+        added: Added,
         new_columns: Tensor | None = None,
         spare: int | None = None,
     ) -> None:
         """Store k [R, H, T, Dk] and v [R, H, T, Dv] at ``new_positions`` [R, T] int32 (-1: not stored).
 
-        ``added`` [R] int32 counts the stored tokens of each row. With ``spare`` the pages are reserved here, and that
+        ``added`` counts the stored tokens of each row. With ``spare`` the pages are reserved here, and that
         many more if the storage has to grow; None: the caller has done it. Raises :class:`OutOfPages` before anything
         changes.
         """
-        if int(added.max(initial=0)) == 0:
+        if _range(added)[1] == 0:
             return
         if spare is not None:
             self.storage.reserve(self.pages_needed(added), spare)
@@ -255,9 +271,9 @@ class LayerStore:
         self.write(k, v, new_positions, new_columns)
         self.grew(added)
 
-    def extend(self, added: np.ndarray) -> None:
-        """Make the slots of ``added`` [R] int32 more entries per head writable; the pages are reserved."""
-        pool, most = self.storage.pool, int(added.max(initial=0))
+    def extend(self, added: Added) -> None:
+        """Make the slots of ``added`` more entries per head writable; the pages are reserved."""
+        pool, (least, most) = self.storage.pool, _range(added)
         if most <= self.room:
             return
         pages = pool.used
@@ -265,7 +281,7 @@ class LayerStore:
         changed = self.mirrored and pool.used != pages  # not at every step: a page holds many
         if changed and ((self.table_host != self._uploaded) & (self.table_host >= 0)).any():
             self.upload_table()
-        if added.min() == most:  # a row that adds nothing may share its last page
+        if least == most:  # a row that adds nothing may share its last page
             room = most + int((-(self.counts_host + most) % self.storage.page_size).min())
             self.room = min(room, self.capacity - self.max_count)  # an upper bound, which must fit as well
 
@@ -277,12 +293,13 @@ class LayerStore:
             new_columns, s.bounds,
         )  # fmt: skip
 
-    def grew(self, added: np.ndarray) -> None:
+    def grew(self, added: Added) -> None:
         """The host's account of a :meth:`write`."""
-        most = int(added.max())
+        least, most = _range(added)
         if self.mirrored:
-            self.counts_host = self.counts_host + added[:, None]
+            self.counts_host = self.counts_host + (added if isinstance(added, int) else added[:, None])
         self.max_count += most
+        self.even = self.even and least == most
         self.room = max(self.room - most, 0)
 
     def fill(self, k: Tensor, v: Tensor, counts: Tensor, positions: Tensor, columns: Tensor) -> None:
@@ -313,7 +330,6 @@ class LayerStore:
         self._count(added.reshape(self.rows, self.heads))
         self.positions[..., :n] = positions
         self.columns[..., :n] = columns
-        self.max_count = int(added.max(initial=0))
 
     def keep(self, index: Tensor, index_counts: Tensor) -> None:
         """Keep only the slots ``index`` [R, H, K] int32, ascending, ``index_counts`` [R, H] of them; free the rest."""
@@ -343,7 +359,6 @@ class LayerStore:
         else:
             pool.shrink(self.table_host, self.counts_host)
             self.upload_table()
-        self.max_count = int(self.counts_host.max(initial=0))
         self._narrow()
 
     def overwrite(self, victims: Tensor) -> None:
@@ -360,16 +375,25 @@ class LayerStore:
         ops.overwrite(s.k_pages, s.v_pages, self.table, self.counts, self.positions, self.columns, victims, s.bounds)
         self.lost(evicts)
 
-    def lost(self, entries: np.ndarray) -> None:
-        """The host's account of an eviction that took one entry from the heads ``entries`` [R, H] bool."""
+    def lost(self, entries: np.ndarray | None = None) -> None:
+        """The host's account of an eviction that took one entry from the heads ``entries`` [R, H] bool.
+
+        None: from every head, of a store that is ``even``.
+        """
         pool = self.storage.pool
         # Without room so far, the slot that became free may lie in a page that others hold as well.
         own = self.room > 0 or pool.shared_pages == 0
-        room = self.room + 1 if own and entries.all() else 0
-        self._count(self.counts_host - entries.astype(np.int32) if self.mirrored else self.counts_host)
-        if not pool.shrink(self.table_host, self.counts_host):
-            self.room = room
-        self.max_count = int(self.counts_host.max(initial=0))
+        if entries is None:
+            room = self.room + 1 if own else 0
+            self.max_count -= 1
+            if self.mirrored:
+                self.counts_host = self.counts_host - 1
+            emptied = self.max_count % self.storage.page_size == 0
+        else:
+            room = self.room + 1 if own and entries.all() else 0
+            self._count(self.counts_host - entries.astype(np.int32) if self.mirrored else self.counts_host)
+            emptied = True
+        self.room = 0 if emptied and pool.shrink(self.table_host, self.counts_host) else room
 
     def crop(self, limits: Tensor) -> None:
         """Drop every entry whose position is at or beyond ``limits`` [R] int32, and pages that hold nothing.
@@ -384,7 +408,6 @@ class LayerStore:
             self._count(counts.cpu().numpy().copy())
             self.storage.pool.shrink(self.table_host, self.counts_host)
             self.upload_table()
-            self.max_count = int(self.counts_host.max(initial=0))
             self._narrow()
             return
         none = torch.zeros_like(self.counts)
@@ -443,10 +466,11 @@ class LayerStore:
         self.positions = torch.cat([wide(x.positions, slots) for x in (self, other)])
         self.columns = torch.cat([wide(x.columns, slots) for x in (self, other)], 1)
         self.rows += other.rows
+        self.even = self.even and other.even and self.max_count == other.max_count
         self.max_count = max(self.max_count, other.max_count)
         self._bind()
         # The pages are ours now: nothing is left for the other store to release.
-        other.rows, other.max_count = 0, 0
+        other.rows, other.max_count, other.even = 0, 0, True
         other.table, other.counts = other.table[:0], other.counts[:0]
         other.positions, other.columns = other.positions[:0], other.columns[:, :0]
         other._bind()
@@ -457,7 +481,7 @@ class LayerStore:
         twin = LayerStore(self.storage, self.rows, self.heads, self.column_names[1:])
         for name in ("table", "counts", "positions", "columns"):
             setattr(twin, name, getattr(self, name).clone())
-        twin.max_count = self.max_count
+        twin.max_count, twin.even = self.max_count, self.even
         twin._bind()
         self.room = 0
         self.storage.pool.retain(twin.table_host)
@@ -469,7 +493,6 @@ class LayerStore:
         self.upload_table()
         self.counts.zero_()
         self._count(np.zeros_like(self.counts_host))
-        self.max_count = 0
 
     def __del__(self) -> None:
         # A fork that goes out of use must not hold on to the pages that it shares.

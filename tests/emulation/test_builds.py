@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import emulation
 
-pytestmark = pytest.mark.emulated
+pytestmark = [pytest.mark.emulated, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
 # Tens of thousands of rows or of scores say nothing about order and bounds that a few do not.

@@ -288,6 +288,7 @@ def test_pool_of_more_than_2_31_elements(backend):
     assert torch.equal(*sums)
 
 
+@pytest.mark.slow
 def test_many_rows(backend):
     """More rows than a GPU's second grid dimension has."""
     rows = 70_000
@@ -337,6 +338,7 @@ def test_causal_prompt_against_torch(backend, length):
     torch.testing.assert_close(sums.sum(-1), torch.full((1, 2), float(length)), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu
 @pytest.mark.parametrize("isa", _C.available_isas)
 def test_every_instruction_set(isa):

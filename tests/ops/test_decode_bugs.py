@@ -139,6 +139,7 @@ def test_bug_11_a_plan_for_other_rows_shows(backend, group):
     assert lse.isnan().all()
 
 
+@pytest.mark.slow
 def test_bug_12_more_rows_than_a_grid_dimension(fast_backend, monkeypatch):
     """65,536 rows and more, on tensor cores; every output was written."""
     monkeypatch.setenv("KVCACHE_EMULATED_SHARED", str(5 * 1024))  # one warp each: it is emulated sooner

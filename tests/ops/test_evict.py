@@ -270,6 +270,7 @@ def test_calls_leave_nothing_behind(backend):
             check(layers, scores, layers.each(lambda c: c.counts - 1), [ints([0])], [ints([n])])
 
 
+@pytest.mark.slow
 def test_many_rows(fast_backend):
     """More heads than a grid dimension other than the first may have."""
     rows = 65_600

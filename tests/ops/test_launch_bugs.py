@@ -73,6 +73,7 @@ def test_bug_10_ten_thousand_launches_beside_others():
     assert wrong.item() == 0
 
 
+@pytest.mark.slow
 def test_bug_12_copies_and_bounds_of_more_rows_than_a_grid_dimension(fast_backend):
     """Also copy_pages, page_bounds and overwrite with bounds: every target was written, and nothing else."""
     k_pages = torch.arange(2.0 * ROWS).view(-1, 1, 1).repeat(1, 1, 4)
@@ -96,6 +97,7 @@ def test_bug_12_copies_and_bounds_of_more_rows_than_a_grid_dimension(fast_backen
     assert torch.equal(bounds[written], k_pages[table[:, 0, 1].long()].expand(-1, 2, -1))
 
 
+@pytest.mark.slow
 def test_bug_12_scores_of_more_rows_than_a_grid_dimension(fast_backend):
     """query_similarity and page_scores: one row in three differs from its neighbours."""
     kind = torch.arange(ROWS) % 3
@@ -110,6 +112,7 @@ def test_bug_12_scores_of_more_rows_than_a_grid_dimension(fast_backend):
     assert torch.equal(got[:, 0, 0], torch.tensor([2.0, 8.0, 6.0])[kind])
 
 
+@pytest.mark.slow
 def test_bug_12_sums_of_more_rows_than_a_grid_dimension(fast_backend):
     """column_sums; most rows are empty, and their sums are zeros."""
     rows = 35_000  # of two heads each

@@ -179,6 +179,7 @@ def test_pool_of_more_than_2_31_elements(backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_more_rows_than_a_second_grid_dimension(backend):
     """70,000 heads (bug 12), most of them empty."""
     rows = 35_000

@@ -79,6 +79,7 @@ def test_rows_beyond_32_bits(fast_backend):
     assert picked[1].eq(0).all()
 
 
+@pytest.mark.slow
 def test_many_rows(fast_backend):
     n = 70_000
     x, index = torch.arange(2.0 * n).view(n, 2), torch.randperm(n).int()

@@ -267,6 +267,7 @@ def test_width_too_small_names_the_head(backend, n):
         assert index.tolist() == [[[0, -1], [0, 1]], [[0, 1], [0, 1]]]
 
 
+@pytest.mark.slow
 def test_many_rows(fast_backend):
     """More heads than a grid dimension other than the first may have."""
     rows, n = 65_537, 3

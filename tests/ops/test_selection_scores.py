@@ -336,6 +336,7 @@ def test_shared_pages(backend):
     assert torch.equal(got[1], got[0].flip(0))
 
 
+@pytest.mark.slow
 def test_more_rows_than_a_grid_dimension_holds(backend):
     """Bug 12: 65,536 rows and some; every score is written, those of empty rows (bug 3) too."""
     rows = 65_600

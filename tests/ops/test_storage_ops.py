@@ -416,6 +416,7 @@ def many_rows(rows=65_537):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
 def test_append_to_many_rows(fast_backend, n):
     case = many_rows()
@@ -433,6 +434,7 @@ def test_append_to_many_rows(fast_backend, n):
     assert torch.equal(bounds[written], torch.stack([k[:, 0]] * 2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "rows"), [("overwrite", 65_537), ("compact", 16_400)])
 def test_moves_in_many_rows(fast_backend, op, rows):
     """compact has at least four blocks per head."""

@@ -193,6 +193,7 @@ class StoreMachine(RuleBasedStateMachine):
             store = pair.store
             assert store.rows == len(pair.rows)
             assert store.max_count >= int(store.counts.max())
+            assert not store.even or bool((store.counts == store.max_count).all())
             keys, values = store.gather("keys"), store.gather("values")
             for r, row in enumerate(pair.rows):
                 for h, expected in enumerate(row):

@@ -62,6 +62,7 @@ def compare(engine: Engine, truth: Truth) -> None:
         counts, table = store.counts.numpy(), store.table.numpy()
         assert counts.shape == (truth.rows, truth.kv_heads)
         assert store.max_count >= counts.max()
+        assert not store.even or (counts == store.max_count).all()
         pages = -(-counts // size)
         assert ((table >= 0) == (np.arange(table.shape[2]) < pages[..., None])).all()
         positions = store.positions.numpy()
