@@ -5,7 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvcache
-from kvcache import H2O, Full, RandomEviction, SkipDecode, StreamingLLM, TokenSelect, parse_policy
+from kvcache import (
+    H2O,
+    Full,
+    KeyDiff,
+    KNorm,
+    RandomEviction,
+    SkipDecode,
+    StreamingLLM,
+    TokenSelect,
+    parse_policy,
+)
 
 counts = st.integers(1, 10**6)
 shares = st.floats(0, 1, exclude_min=True)
@@ -16,6 +26,8 @@ retention = st.one_of(
     st.builds(StreamingLLM, sinks=st.integers(0, 99), window=budgets),
     st.builds(H2O, heavy=budgets, recent=budgets | st.just(0), group=st.sampled_from(["mean", "max"])),
     st.builds(RandomEviction, keep=budgets, sinks=st.integers(0, 9), recent=budgets, seed=st.integers(0, 2**31)),
+    st.builds(KNorm, keep=budgets, sinks=st.integers(0, 9), recent=budgets | st.just(0)),
+    st.builds(KeyDiff, keep=budgets, sinks=st.integers(0, 9), recent=budgets, slack=st.integers(0, 500)),
 )
 selection = st.builds(
     TokenSelect,
@@ -96,7 +108,7 @@ def test_defaults_are_the_papers():
     [
         ("h20(heavy=4)", "unknown policy 'h20'.*did you mean 'h2o'"),
         ("streamllm", "unknown policy 'streamllm'.*'streamingllm'"),
-        ("nonsense", "unknown policy 'nonsense'.*known: full, h2o"),
+        ("nonsense", "unknown policy 'nonsense'.*known: .*full, h2o"),
         ("h2o(heavi=4)", "h2o has no argument 'heavi'.*did you mean 'heavy'"),
         ("h2o(4)", "arguments of h2o must be given by name"),
         ("h2o(**{'heavy': 4})", "h2o has no argument"),

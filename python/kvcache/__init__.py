@@ -16,6 +16,8 @@ from .layer_state import LayerView
 from .policies import (
     H2O,
     Full,
+    KeyDiff,
+    KNorm,
     Policy,
     RandomEviction,
     Selection,
@@ -31,7 +33,9 @@ __version__ = "0.1.0"
 __all__ = [
     "H2O",
     "Full",
+    "KNorm",
     "KVCache",
+    "KeyDiff",
     "LayerView",
     "OutOfPages",
     "PagePool",

@@ -150,6 +150,8 @@ class DecodeGraphs:
                 wrote = list(step.wrote)
                 engine.advance()
                 evicted = [x for x in engine.layers if x.store is not None and x.smallest_budget < FAR]
+                if engine.policy.slack:  # what evicts is bulk, and runs without a graph
+                    evicted = []
                 engine.evict_one(evicted, step)
         except BaseException as error:
             engine.restore(step, before)

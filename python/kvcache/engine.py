@@ -457,7 +457,8 @@ class Engine(Reading, Evicting):
     def pages_bound(self, totals: list[int]) -> dict[PageStorage, np.ndarray]:
         """Pages [rows] int64 that each row can come to hold, when row r ends with ``totals[r]`` real tokens.
 
-        Between forwards, with budgets fixed: no head exceeds its budget and the entries of one more step.
+        Between forwards, with budgets fixed: no head exceeds its budget, the policy's slack and the entries of one more
+        step.
         """
         bounds: dict[PageStorage, np.ndarray] = {}
         most = np.asarray(totals, np.int64)[:, None]
@@ -465,7 +466,7 @@ class Engine(Reading, Evicting):
             store = layer.store
             if store is None:
                 continue
-            entries = np.minimum(most, layer.budgets_host.astype(np.int64) + 1)
+            entries = np.minimum(most, layer.budgets_host.astype(np.int64) + 1 + self.policy.slack)
             pages = (-(-entries // self.page_size)).sum(1)
             bounds[store.storage] = bounds.get(store.storage, 0) + pages
         return bounds

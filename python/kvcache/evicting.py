@@ -48,6 +48,7 @@ class Evicting:
         """
         evicted = None if step is None else step.evicted
         plan = self.unplanned
+        slack = 0 if plan else self.policy.slack  # a prompt ends within its budget
         if plan:
             self.unplanned = False
             self.prompt_tokens = self.tokens
@@ -58,13 +59,15 @@ class Evicting:
                 continue
             if plan or layer.budgets is None:
                 self.plan(layer)
-            if store.max_count <= layer.smallest_budget:
+            if store.max_count <= layer.smallest_budget + slack:
                 continue
             over = layer.excess()
+            if over <= slack:
+                continue
             if over == 1 and (evicted is not None or (layer.surely_evicts and not store.shared)):
                 single.append(layer)
-            elif over > 0:
-                self.evict(layer, step)
+            else:
+                self.evict(layer, step, slack)
         if single:
             over_by_one = [x.heads_over() for x in single]
             if evicted is None:
@@ -75,7 +78,7 @@ class Evicting:
                 layer.count("evictions", layer.store.counts_host.size if lost is None else int(np.count_nonzero(lost)))
         if plan:
             for storage in self.storages.values():
-                storage.trim()
+                storage.trim(self.policy.slack)
 
     def plan(self, layer: Layer) -> None:
         """Fix the budgets of a layer."""
@@ -159,15 +162,17 @@ class Evicting:
             return torch.full_like(self.tokens_on(device), column)
         return self.real[:, :column].sum(1, dtype=torch.int32).to(device)
 
-    def evict(self, layer: Layer, step: Step | None = None) -> None:
-        """Bring one layer within its budgets, however far it is over them."""
+    def evict(self, layer: Layer, step: Step | None = None, slack: int = 0) -> None:
+        """Bring the heads of one layer that are over their budget by more than ``slack`` entries back to it."""
         store, budgets = layer.store, layer.budgets
         assert store is not None
         assert budgets is not None
         over = layer.excess()
-        if over <= 0:
+        if over <= slack:
             return
         device = store.counts.device
+        if slack:  # what a head keeps does not depend on how far the others are
+            budgets = torch.where(store.counts - budgets > slack, budgets, store.counts)
         first, end = self._unprotected(layer)
         scores = self._scores(layer, step)
         before = int(store.counts_host.sum())
@@ -182,7 +187,8 @@ class Evicting:
             protected = (live & ((p < first[:, None, None]) | (p >= end[:, None, None]))).sum(-1, dtype=torch.int32)
             k = (budgets - protected).clamp(min=0)
             width = int(torch.minimum(torch.maximum(budgets, protected), store.counts).max())
-            store.keep(*ops.topk(scores.contiguous(), store.counts, p, k, first, end, max(width, 1)))
+            kept = ops.topk(scores.contiguous(), store.counts, p, k, first, end, max(width, 1))
+            store.keep(*kept, ahead=1 + self.policy.slack)
         layer.count("evictions", before - int(store.counts_host.sum()))
 
     def pages_to_evict(self, layer: Layer, added: np.ndarray | int, prompt: bool) -> int:
@@ -197,20 +203,21 @@ class Evicting:
             return 0
         counts = store.counts_host + np.reshape(added, (-1, 1))
         known = layer.budgets is not None and layer.recent is not None and not prompt
-        over: Any = counts - layer.budgets_host if known else counts
+        over: Any = counts - layer.budgets_host.astype(np.int64) - self.policy.slack if known else counts
         if not counts.size or over.max() <= 0 or not store.shared:
             return 0
         if known:
             assert layer.recent is not None
-            if over.max() == 1:
+            if over.max() == 1 and not self.policy.slack:
                 return int(np.count_nonzero(over > 0))
             protected = self.policy.sinks + layer.recent.cpu().numpy()[:, None]
-            counts = np.minimum(counts, np.maximum(layer.budgets_host, protected))
+            counts = np.where(over > 0, np.minimum(counts, np.maximum(layer.budgets_host, protected)), counts)
         return int((-(-counts // self.page_size)).sum())
 
     def evictable_in_advance(self, step: Step) -> bool:
         """Whether the end of this forward can be foreseen: no head will be over its budget by more than one entry, each
-        that is has something to give up, and no page is shared."""
+        that is has something to give up, and no page is shared; where a policy has slack, nothing will be evicted."""
+        slack = self.policy.slack
         if step.prompt or self.unplanned:
             return False
         for layer in self.layers:
@@ -219,6 +226,8 @@ class Evicting:
                 continue
             if layer.budgets is None or not layer.surely_evicts or store.shared:
                 return False
-            if store.max_count > layer.smallest_budget and layer.excess() > 0:
+            # The step's own entry, which the counts lack here, may be the one over the budget only without slack.
+            within = slack - 1 if slack and layer.index not in step.skipped else slack
+            if store.max_count - within > layer.smallest_budget and layer.excess() > within:
                 return False
         return True

@@ -112,11 +112,14 @@ class PageStorage:
         for name, x in zip(self._arrays, grown):
             setattr(self, name, x)
 
-    def trim(self) -> None:
-        """Give memory back if less than half of the pages are used: live pages move together, tables follow."""
+    def trim(self, slack: int = 0) -> None:
+        """Give memory back if less than half of the pages are used: live pages move together, tables follow.
+
+        ``slack``: entries that every head will gain before something is evicted again.
+        """
         # A step adds an entry to every head before it evicts one: that may take a page more for each.
         heads = sum(layer.rows * layer.heads for layer in self.layers)
-        capacity = self.pool.used + min(heads, self.pool.used // 8) + 8
+        capacity = self.pool.used + heads * (slack // self.page_size) + min(heads, self.pool.used // 8) + 8
         if 2 * capacity > self.pool.capacity:
             return
         moved = torch.from_numpy(np.asarray(self.pool.relocate(capacity)))
@@ -234,9 +237,10 @@ class LayerStore:
         self.columns = pad(self.columns, (0, more * self.storage.page_size))
         self._bind()
 
-    def _narrow(self) -> None:
-        """Give back most of table and columns where fewer than half of the slots are still in use."""
-        width = self.max_count // self.storage.page_size + 1  # room for one more entry
+    def _narrow(self, ahead: int = 1) -> None:
+        """Give back most of table and columns where fewer than half of the slots are still in use, or will be after
+        ``ahead`` more entries."""
+        width = -(-(self.max_count + ahead) // self.storage.page_size)
         if 2 * width > self.table.shape[2]:
             return
         self.upload_table()
@@ -331,8 +335,11 @@ class LayerStore:
         self.positions[..., :n] = positions
         self.columns[..., :n] = columns
 
-    def keep(self, index: Tensor, index_counts: Tensor) -> None:
-        """Keep only the slots ``index`` [R, H, K] int32, ascending, ``index_counts`` [R, H] of them; free the rest."""
+    def keep(self, index: Tensor, index_counts: Tensor, ahead: int = 1) -> None:
+        """Keep only the slots ``index`` [R, H, K] int32, ascending, ``index_counts`` [R, H] of them; free the rest.
+
+        ``ahead``: entries for which table and columns keep room.
+        """
         s, pool = self.storage, self.storage.pool
         wanted = np.ascontiguousarray(index_counts.cpu().numpy())
         target, target_host = self.table, self.table_host
@@ -359,7 +366,7 @@ class LayerStore:
         else:
             pool.shrink(self.table_host, self.counts_host)
             self.upload_table()
-        self._narrow()
+        self._narrow(ahead)
 
     def overwrite(self, victims: Tensor) -> None:
         """Evict one slot ``victims`` [R, H] int32 of each head (-1: none), in place."""

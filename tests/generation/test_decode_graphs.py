@@ -26,6 +26,10 @@ CAPTURED = (
     "tokenselect",
     "tokenselect-shortlist",
     "skipdecode|tokenselect",
+    "knorm",
+    "knorm|skipdecode",
+    "keydiff-slack",
+    "keydiff|skipdecode",
 )
 
 

@@ -24,6 +24,8 @@ POLICIES = {
     "skipdecode": SKIP,
     "random": kvcache.RandomEviction(9, sinks=1, recent=2, seed=3),
     "h2o|skipdecode": kvcache.H2O(5, 4) | SKIP,
+    "keydiff": kvcache.KeyDiff(9, sinks=1, recent=3),
+    "keydiff-slack": kvcache.KeyDiff(9, sinks=1, recent=3, slack=4),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -33,8 +35,10 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "skipdecode": kvcache.SkipDecode(2, 2),
     "random": kvcache.RandomEviction(200),
     "h2o|skipdecode": kvcache.H2O(100, 100) | kvcache.SkipDecode(2, 2),
+    "keydiff": kvcache.KeyDiff(200),
+    "keydiff-slack": kvcache.KeyDiff(200, slack=4),
 }
-BUDGETS = {"streamingllm": 11, "h2o": 9, "random": 9, "h2o|skipdecode": 9}
+BUDGETS = {"streamingllm": 11, "h2o": 9, "random": 9, "h2o|skipdecode": 9, "keydiff": 9}
 NEW = 12
 IDS, MASK = padded([prompt(n, seed=20 + n)[0] for n in (30, 21)], "left")
 

@@ -7,7 +7,17 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from kvcache import H2O, Full, Policy, RandomEviction, SkipDecode, StreamingLLM, TokenSelect
+from kvcache import (
+    H2O,
+    Full,
+    KeyDiff,
+    KNorm,
+    Policy,
+    RandomEviction,
+    SkipDecode,
+    StreamingLLM,
+    TokenSelect,
+)
 
 LAYERS = 5
 SELECT = {"k": 8, "sinks": 2, "local": 6, "reuse": 0.4, "chunk": 5}
@@ -32,6 +42,11 @@ POLICIES: dict[str, Policy] = {
     "h2o|skipdecode": H2O(6, 5) | SkipDecode(**SKIP),
     "skipdecode|tokenselect": SkipDecode(**SKIP) | TokenSelect(**SELECT),
     "skipdecode|compact": SkipDecode(**SKIP, prompt="n_max") | TokenSelect(**SELECT, positions="compact"),
+    "knorm": KNorm(11, sinks=1, recent=3),
+    "knorm|skipdecode": KNorm(11, sinks=1, recent=3) | SkipDecode(**SKIP),
+    "keydiff": KeyDiff(11, sinks=1, recent=2),
+    "keydiff-slack": KeyDiff(0.25, recent=3, slack=5),
+    "keydiff|skipdecode": KeyDiff(11, recent=2, slack=3) | SkipDecode(**SKIP),
 }
 
 # The same kinds of policies with room for everything: they must change nothing.
@@ -47,6 +62,8 @@ GENEROUS: dict[str, Policy] = {
     "skipdecode": SkipDecode(LAYERS, LAYERS, prompt="schedule"),
     "h2o|skipdecode": H2O(100, 100) | SkipDecode(LAYERS, LAYERS, prompt="n_max"),
     "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),
+    "knorm": KNorm(200),
+    "keydiff": KeyDiff(60, recent=1, slack=6),  # the budget and its slack together are just enough
 }
 
 

@@ -5,6 +5,8 @@ from .budget import Budget
 from .compose import compose
 from .full import Full
 from .h2o import H2O
+from .keydiff import KeyDiff
+from .knorm import KNorm
 from .random_eviction import RandomEviction
 from .skipdecode import SkipDecode
 from .streamingllm import StreamingLLM
@@ -16,6 +18,8 @@ __all__ = [
     "NEEDS",
     "Budget",
     "Full",
+    "KNorm",
+    "KeyDiff",
     "Policy",
     "RandomEviction",
     "Selection",

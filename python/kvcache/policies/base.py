@@ -39,6 +39,9 @@ class Policy:
             given by the newest query). Both are reduced over the query heads of a kv head with ``group_reduction``.
         columns: names of further side columns, filled by :meth:`append_columns`.
         sinks, recent, budget: see :meth:`allocate`; ``budget`` None keeps everything.
+        slack: entries by which a head may exceed its budget while decoding. The first one beyond brings it back to the
+            budget, so that ``score`` is asked once in ``slack`` + 1 tokens; for scores that take the whole layer to
+            compute. The end of a prompt always leaves the budget. 0: every step evicts.
 
     What a subclass may override
         score (retention), allocate (retention), select (selection), layers (layer schedule).
@@ -50,6 +53,7 @@ class Policy:
     budget: Budget | None = None
     sinks: int = 0
     recent: Budget = 0
+    slack: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

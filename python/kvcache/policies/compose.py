@@ -35,7 +35,7 @@ class _Composite(Policy):
                 f"seen, and its heads vote on one set of entries, but {type(retention).__name__} evicts"
             )
         if retention is not None:
-            for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent"):
+            for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))
 
     @property
