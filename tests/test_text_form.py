@@ -10,6 +10,7 @@ from kvcache import (
     Full,
     KeyDiff,
     KNorm,
+    LagKV,
     RandomEviction,
     SkipDecode,
     StreamingLLM,
@@ -28,6 +29,7 @@ retention = st.one_of(
     st.builds(RandomEviction, keep=budgets, sinks=st.integers(0, 9), recent=budgets, seed=st.integers(0, 2**31)),
     st.builds(KNorm, keep=budgets, sinks=st.integers(0, 9), recent=budgets | st.just(0)),
     st.builds(KeyDiff, keep=budgets, sinks=st.integers(0, 9), recent=budgets, slack=st.integers(0, 500)),
+    st.builds(LagKV, keep=st.integers(60, 10**6) | shares | sizes, sinks=st.integers(0, 9), lag=st.integers(2, 20)),
 )
 selection = st.builds(
     TokenSelect,

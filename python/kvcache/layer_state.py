@@ -145,7 +145,8 @@ class RecordedQueries:
 
 
 class LayerView:
-    """A layer as a policy sees it. Tensors are views: read them, do not write them.
+    """A layer as a policy sees it. Tensors are views: read them, do not write them. A policy may write to nothing but
+    its own columns, while it scores: what an entry is worth may become known later than the entry, and once.
 
     ``counts`` [rows, heads] int32; ``positions`` and ``scores`` [rows, heads, capacity] (slots at or beyond the count
     are garbage); ``tokens`` [rows] int32: real tokens of each row so far; ``prompt_tokens`` [rows] int32, on the CPU:

@@ -26,6 +26,7 @@ POLICIES = {
     "random": kvcache.RandomEviction(9, sinks=1, recent=2, seed=3),
     "h2o|skipdecode": kvcache.H2O(5, 4) | SKIP,
     "keydiff": kvcache.KeyDiff(8, recent=2, slack=3),
+    "lagkv": kvcache.LagKV(0.5, sinks=1, lag=4),
 }
 LENGTHS = (30, 7, 19, 44, 1, 23, 30)
 PROMPTS = [prompt(n, seed=40 + i)[0].tolist() for i, n in enumerate(LENGTHS)]

@@ -26,6 +26,7 @@ POLICIES = {
     "h2o|skipdecode": kvcache.H2O(5, 4) | SKIP,
     "keydiff": kvcache.KeyDiff(9, sinks=1, recent=3),
     "keydiff-slack": kvcache.KeyDiff(9, sinks=1, recent=3, slack=4),
+    "lagkv": kvcache.LagKV(11, sinks=1, lag=3),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -37,6 +38,7 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "h2o|skipdecode": kvcache.H2O(100, 100) | kvcache.SkipDecode(2, 2),
     "keydiff": kvcache.KeyDiff(200),
     "keydiff-slack": kvcache.KeyDiff(200, slack=4),
+    "lagkv": kvcache.LagKV(200, lag=3),
 }
 BUDGETS = {"streamingllm": 11, "h2o": 9, "random": 9, "h2o|skipdecode": 9, "keydiff": 9}
 NEW = 12

@@ -71,12 +71,40 @@ def keydiff(policy):
     return rule
 
 
+def lagkv(policy):
+    places = {}
+
+    def weight(x, members, reference):
+        low, high = x[reference].min(0).values, x[reference].max(0).values
+        return torch.stack([((x[m] - low) / (high - low)).std() for m in members]).softmax(0)
+
+    def rule(layer, head, kept, k, v, n, ends):
+        if len(kept) <= policy.keep + (0 if ends else policy.lag - 1):
+            return kept
+        place = places.setdefault((layer, head), {})
+        for start in range(policy.sinks, n - 2 * policy.lag + 1, policy.lag):
+            members = list(range(start, start + policy.lag))
+            if start not in place:
+                reference = [m + policy.lag for m in members]
+                assert set(reference) <= set(kept)
+                score = (weight(k, members, reference) + weight(v, members, reference)) / 2
+                order = sorted(members, key=lambda m: (-float(score[m - start]), m))
+                place.update({m: i for i, m in enumerate(order)})
+        worth = {p: -place.get(p, -1) for p in kept}
+        return best(kept, policy.keep, worth, policy.sinks, n)
+
+    return rule
+
+
 CASES = {
     "knorm": (kvcache.KNorm(10, sinks=2, recent=3), knorm),
     "knorm-bare": (kvcache.KNorm(9), knorm),
     "keydiff": (kvcache.KeyDiff(10, sinks=2, recent=3), keydiff),
     "keydiff-bare": (kvcache.KeyDiff(9), keydiff),
     "keydiff-slack": (kvcache.KeyDiff(10, sinks=1, recent=2, slack=6), keydiff),
+    "lagkv": (kvcache.LagKV(14, sinks=2, lag=4), lagkv),
+    "lagkv-least": (kvcache.LagKV(13, sinks=0, lag=7), lagkv),
+    "lagkv-long": (kvcache.LagKV(30, sinks=3, lag=3), lagkv),
 }
 
 
@@ -149,6 +177,35 @@ def test_keydiff_of_an_example(backend):
     feed(e, torch.stack([x, 2 * x, y, 7 * x, -x]))
     # The mean points along x and a little along y: cosines .89, .89, .45, .89, -.89.
     assert held(e) == [0, 2, 4]
+
+
+def test_lagkv_of_an_example(backend):
+    """Partitions of 2 behind 1 sink. Against a reference of [0, 1] in each channel a token's score is the spread of its
+    own values: of (.5, .5) and (0, 1) the second stays."""
+    even, uneven = torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])
+    zero, one = torch.zeros(2), torch.ones(2)
+    e = engine(kvcache.LagKV(4, sinks=1, lag=2))
+    feed(e, torch.stack([even, even, uneven, zero, one]))
+    assert held(e) == [0, 2, 3, 4]  # the second partition has no reference: it stays
+    feed(e, even[None])
+    assert held(e) == [0, 2, 3, 4, 5]  # slack of lag - 1
+    # Now [3, 4] has [5, 6] as its reference, which does not vary: both count 0, and 3 is before 4. Room is for one of
+    # the first ones, 2 and 3.
+    feed(e, even[None])
+    assert held(e) == [0, 2, 5, 6]
+
+
+def test_lagkv_takes_as_many_from_every_partition(backend):
+    policy = kvcache.LagKV(3 + 7 + 4 * 3, sinks=3, lag=4)
+    e = engine(policy)
+    feed(e, torch.randn(30, 8, generator=torch.Generator().manual_seed(0)))
+    # 27 tokens behind the sinks: 6 partitions and 3 tokens; the last partition and those 3 are the tail.
+    kept = held(e)
+    assert kept[:3] == [0, 1, 2]
+    assert kept[-7:] == list(range(23, 30))
+    shares = [sum(3 + 4 * p <= x < 7 + 4 * p for x in kept) for p in range(5)]
+    assert sum(shares) == 12
+    assert max(shares) - min(shares) <= 1
 
 
 # -- slack ----------------------------------------------------------------------------------------------------------
@@ -242,6 +299,9 @@ def test_slack_is_foreseen_for_a_captured_step(backend):
         ("keydiff(slack=-1)", "slack"),
         ("keydiff(slack=0.5)", "slack"),
         ("keydif()", "keydiff"),
+        ("lagkv(keep=100)", "at least sinks . 2 . lag - 1 = 259"),
+        ("lagkv(lag=1)", "lag"),
+        ("lagkv(sinks=-1)", "sinks"),
     ],
 )
 def test_what_is_refused(text, message):

@@ -12,6 +12,7 @@ from kvcache import (
     Full,
     KeyDiff,
     KNorm,
+    LagKV,
     Policy,
     RandomEviction,
     SkipDecode,
@@ -47,6 +48,9 @@ POLICIES: dict[str, Policy] = {
     "keydiff": KeyDiff(11, sinks=1, recent=2),
     "keydiff-slack": KeyDiff(0.25, recent=3, slack=5),
     "keydiff|skipdecode": KeyDiff(11, recent=2, slack=3) | SkipDecode(**SKIP),
+    "lagkv": LagKV(15, sinks=2, lag=4),
+    "lagkv-share": LagKV(0.5, sinks=0, lag=5),
+    "lagkv|skipdecode": LagKV(11, sinks=1, lag=5) | SkipDecode(**SKIP),
 }
 
 # The same kinds of policies with room for everything: they must change nothing.
@@ -64,6 +68,7 @@ GENEROUS: dict[str, Policy] = {
     "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),
     "knorm": KNorm(200),
     "keydiff": KeyDiff(60, recent=1, slack=6),  # the budget and its slack together are just enough
+    "lagkv": LagKV(66, lag=3),
 }
 
 

@@ -7,6 +7,7 @@ from .full import Full
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
+from .lagkv import LagKV
 from .random_eviction import RandomEviction
 from .skipdecode import SkipDecode
 from .streamingllm import StreamingLLM
@@ -20,6 +21,7 @@ __all__ = [
     "Full",
     "KNorm",
     "KeyDiff",
+    "LagKV",
     "Policy",
     "RandomEviction",
     "Selection",
