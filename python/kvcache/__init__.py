@@ -15,6 +15,7 @@ from .engine import PromptTooLong
 from .layer_state import LayerView
 from .policies import (
     H2O,
+    DuoAttention,
     Full,
     KeyDiff,
     KNorm,
@@ -33,6 +34,7 @@ from .wrap import unwrap, wrap
 __version__ = "0.1.0"
 __all__ = [
     "H2O",
+    "DuoAttention",
     "Full",
     "KNorm",
     "KVCache",

@@ -162,6 +162,14 @@ class LayerView:
     rows = property(lambda self: self._store.rows, doc="Rows of the batch.")
     heads = property(lambda self: self._store.heads, doc="Key-value heads.")
     group = property(lambda self: self._layer.group, doc="Query heads per kv head.")
+    all_heads = property(
+        lambda self: self.heads * (1 if self._layer.engine.parallel is None else self._layer.engine.parallel.size),
+        doc="Key-value heads of the layer on all ranks that share it.",
+    )
+    first_head = property(
+        lambda self: 0 if self._layer.engine.parallel is None else self.heads * self._layer.engine.parallel.rank,
+        doc="Which of them the first one here is.",
+    )
     counts = property(lambda self: self._store.counts)
     positions = property(lambda self: self._store.positions)
     scores = property(lambda self: self._store.columns[0])

@@ -62,6 +62,11 @@ class WrappedState:
     def check_policy(self, model: PreTrainedModel, policy: Policy) -> None:
         """ValueError if ``policy`` cannot work on this model; nothing is changed."""
         name = type(model).__name__
+        config = vars(model.config.get_text_config(decoder=True))
+        heads = [v for k, v in config.items() if "key_value_heads" in k and type(v) is int]
+        # More than one number, or keys that are cached in another form: layers say themselves what they hold.
+        if len(heads) == 1 and set(self.tiers.values()) <= {"handle", "own"}:
+            policy.check_heads(heads[0])
         if policy.positions == "compact" and (self.materialised or any(w is not None for w in self.windows)):
             raise ValueError(
                 f"{policy}: positions='compact' needs full attention with keys as cached, "

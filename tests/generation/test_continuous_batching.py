@@ -27,6 +27,7 @@ POLICIES = {
     "h2o|skipdecode": kvcache.H2O(5, 4) | SKIP,
     "keydiff": kvcache.KeyDiff(8, recent=2, slack=3),
     "lagkv": kvcache.LagKV(0.5, sinks=1, lag=4),
+    "duoattention": kvcache.DuoAttention(((True, False), (False, False)), sinks=2, recent=6),
 }
 LENGTHS = (30, 7, 19, 44, 1, 23, 30)
 PROMPTS = [prompt(n, seed=40 + i)[0].tolist() for i, n in enumerate(LENGTHS)]
@@ -81,7 +82,7 @@ def test_a_model_that_computes_attention_itself():
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     rows=st.integers(1, 5),
     chunk=st.integers(1, 60),
-    name=st.sampled_from(["full", "streamingllm", "h2o", "skipdecode", "keydiff"]),
+    name=st.sampled_from(["full", "streamingllm", "h2o", "skipdecode", "keydiff", "duoattention"]),
     eos=st.lists(st.integers(0, 95), max_size=12),
     room=st.integers(60, 200),
 )

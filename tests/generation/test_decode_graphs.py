@@ -30,6 +30,7 @@ CAPTURED = (
     "knorm|skipdecode",
     "keydiff-slack",
     "keydiff|skipdecode",
+    "duoattention",
     "lagkv",
 )
 

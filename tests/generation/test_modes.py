@@ -27,6 +27,7 @@ POLICIES = {
     "keydiff": kvcache.KeyDiff(9, sinks=1, recent=3),
     "keydiff-slack": kvcache.KeyDiff(9, sinks=1, recent=3, slack=4),
     "lagkv": kvcache.LagKV(11, sinks=1, lag=3),
+    "duoattention": kvcache.DuoAttention(((True, False), (False, False)), sinks=2, recent=7),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -39,6 +40,7 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "keydiff": kvcache.KeyDiff(200),
     "keydiff-slack": kvcache.KeyDiff(200, slack=4),
     "lagkv": kvcache.LagKV(200, lag=3),
+    "duoattention": kvcache.DuoAttention(((True, True), (True, False)), sinks=2, recent=200),
 }
 BUDGETS = {"streamingllm": 11, "h2o": 9, "random": 9, "h2o|skipdecode": 9, "keydiff": 9}
 NEW = 12

@@ -4,8 +4,11 @@ Own code on purpose: one dense forward of the unwrapped model (support/dense.py)
 by step what the next query sees.
 """
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.dense import Oracle, dense_logits
 from support.engines import engine, held, step
 from support.models import build, padded
@@ -71,6 +74,13 @@ def keydiff(policy):
     return rule
 
 
+def duoattention(policy):
+    def rule(layer, head, kept, k, v, n, ends):
+        return kept if policy.heads[layer][head] else [p for p in kept if p < policy.sinks or p >= n - policy.recent]
+
+    return rule
+
+
 def lagkv(policy):
     places = {}
 
@@ -96,6 +106,15 @@ def lagkv(policy):
     return rule
 
 
+CLASSES = ((True, False, True, False), (False, True, False, False), (True, False, False, True))
+
+
+def duo(name, **options):
+    """Classes for a model with as many kv heads as ``name`` has."""
+    heads = {"llama-mqa": 1, "llama-mha": 4}.get(name, 2)
+    return kvcache.DuoAttention(tuple(layer[:heads] for layer in CLASSES), **options)
+
+
 CASES = {
     "knorm": (kvcache.KNorm(10, sinks=2, recent=3), knorm),
     "knorm-bare": (kvcache.KNorm(9), knorm),
@@ -105,6 +124,7 @@ CASES = {
     "lagkv": (kvcache.LagKV(14, sinks=2, lag=4), lagkv),
     "lagkv-least": (kvcache.LagKV(13, sinks=0, lag=7), lagkv),
     "lagkv-long": (kvcache.LagKV(30, sinks=3, lag=3), lagkv),
+    "duoattention": (duo("", sinks=2, recent=9), duoattention),
 }
 
 
@@ -123,6 +143,8 @@ def same_sets(log, expected, start, total, shift=0, row=0):
 @pytest.mark.parametrize("case", CASES)
 def test_every_head_keeps_what_the_rule_says(case, name, backend):
     policy, make = CASES[case]
+    if case == "duoattention":
+        policy = duo(name, sinks=2, recent=9)
     if case.startswith("knorm") and name == "qwen3":
         name = "qwen2"  # qwen3 normalises its keys: here, with weights of 1, all have the same norm
     model = kvcache.wrap(build(name), policy, page_size=4)
@@ -206,6 +228,99 @@ def test_lagkv_takes_as_many_from_every_partition(backend):
     shares = [sum(3 + 4 * p <= x < 7 + 4 * p for x in kept) for p in range(5)]
     assert sum(shares) == 12
     assert max(shares) - min(shares) <= 1
+
+
+def test_duoattention_frees_the_bytes_of_streaming_heads(backend):
+    classes = ((True, False), (False, False), (False, True))
+    model = kvcache.wrap(build(), kvcache.DuoAttention(classes, sinks=4, recent=12), page_size=4)
+    cache = run(model, tokens(), PROMPT).cache
+    retrieval = sum(map(sum, classes))
+    pages = retrieval * -(-TOTAL // 4) + (6 - retrieval) * -(-16 // 4)
+    assert cache.nbytes == pages * 4 * 2 * 16 * 4
+    (storage,) = cache.engine.storages.values()
+    assert storage.pool.used == pages
+    for layer, heads in enumerate(classes):
+        assert cache.kept(layer)[0].tolist() == [TOTAL if x else 16 for x in heads]
+
+
+@pytest.mark.parametrize(("share", "retrieval"), [(0.5, 3), (0.2, 1), (1.0, 6), (0.05, 0)])
+def test_duoattention_draws_a_share_of_all_heads(share, retrieval):
+    found = []
+    for seed in (0, 0, 1):
+        policy = kvcache.DuoAttention(share, sinks=1, recent=5, seed=seed)
+        cache = run(kvcache.wrap(build(), policy), tokens(), PROMPT).cache
+        found.append([cache.kept(layer)[0].tolist() for layer in range(LAYERS)])
+        assert sum(n == TOTAL for layer in found[-1] for n in layer) == retrieval
+    assert found[0] == found[1]
+    assert (found[0] != found[2]) == (share == 0.5)
+
+
+def test_duoattention_reads_files(tmp_path):
+    classes = [[True, False], [False, False], [False, True]]
+    expected = kvcache.DuoAttention(classes)
+    assert expected == kvcache.DuoAttention(torch.tensor(classes)) == kvcache.DuoAttention(heads=tuple(classes))
+    assert hash(expected) == hash(kvcache.parse_policy(str(expected)))
+    (tmp_path / "heads.json").write_text(json.dumps(classes))
+    save_file({"retrieval": torch.tensor(classes)}, tmp_path / "heads.safetensors")
+    counts = {}
+    for name, policy in {
+        "given": expected,
+        "json": kvcache.DuoAttention(tmp_path / "heads.json"),
+        "safetensors": kvcache.DuoAttention(str(tmp_path / "heads.safetensors")),
+    }.items():
+        assert kvcache.parse_policy(str(policy)) == policy
+        small = kvcache.parse_policy(str(policy).replace("sinks=128, recent=256", "sinks=1, recent=8"))
+        cache = run(kvcache.wrap(build(), small), tokens(), PROMPT).cache
+        counts[name] = [cache.kept(layer)[0].tolist() for layer in range(LAYERS)]
+    assert counts["json"] == counts["safetensors"] == counts["given"] == [[TOTAL, 9], [9, 9], [9, TOTAL]]
+
+
+@pytest.mark.parametrize(
+    ("heads", "error", "message"),
+    [
+        (0.0, ValueError, r"\(0, 1\]"),
+        (2, TypeError, "booleans"),
+        ([], TypeError, "booleans"),
+        ([[]], TypeError, "layer 0"),
+        ([True, False], TypeError, "layer 0"),
+        ([[True, 0.3]], ValueError, "layer 0"),
+        (torch.tensor([[0.7, 0.1]]), ValueError, "layer 0"),
+        ("nowhere.json", ValueError, "no file nowhere.json"),
+        (__file__, ValueError, "json or a .safetensors"),
+    ],
+)
+def test_heads_that_are_none(heads, error, message):
+    with pytest.raises(error, match=message):
+        kvcache.DuoAttention(heads)
+
+
+def test_files_that_hold_no_heads(tmp_path):
+    for name, content, message in (
+        ("a.json", "[[", "no JSON"),
+        ("b.json", "{}", "booleans"),
+        ("c.safetensors", "junk", "no safetensors"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises((ValueError, TypeError), match=message):
+            kvcache.DuoAttention(tmp_path / name)
+    save_file({"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match="one tensor"):
+        kvcache.DuoAttention(tmp_path / "two.safetensors")
+
+
+@pytest.mark.parametrize("heads", [((True, True),) * 4, ((True,),) * 3, ((True, True), (True, True), (True,))])
+def test_heads_of_another_model_are_refused_at_wrap(heads):
+    model = build()
+    for policy in (kvcache.DuoAttention(heads), kvcache.DuoAttention(heads) | kvcache.SkipDecode(1, 3)):
+        with pytest.raises(ValueError, match=r"heads.* has .*, (the|a layer of the) model"):
+            kvcache.wrap(model, policy)
+    kvcache.wrap(model, kvcache.DuoAttention(((True, True),) * 3))
+
+
+def test_heads_that_no_configuration_tells_are_refused_when_the_prompt_ends():
+    e = engine(kvcache.DuoAttention(((True, False),)))
+    with pytest.raises(ValueError, match=r"heads\[0\] has 2 kv heads, layer 0 of the model 1"):
+        feed(e, torch.randn(3, 8))
 
 
 # -- slack ----------------------------------------------------------------------------------------------------------
@@ -302,6 +417,10 @@ def test_slack_is_foreseen_for_a_captured_step(backend):
         ("lagkv(keep=100)", "at least sinks . 2 . lag - 1 = 259"),
         ("lagkv(lag=1)", "lag"),
         ("lagkv(sinks=-1)", "sinks"),
+        ("duoattention(sinks=0.5)", "sinks"),
+        ("duoattention(recent=0)", "recent"),
+        ("duoattention(seed=-1)", "seed"),
+        ("duoattention(heads=[[x]])", "heads"),
     ],
 )
 def test_what_is_refused(text, message):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcache import (
     H2O,
+    DuoAttention,
     Full,
     KeyDiff,
     KNorm,
@@ -21,6 +22,7 @@ from kvcache import (
 )
 
 LAYERS = 5
+RETRIEVAL = ((True, False), (False, False), (False, True), (True, True), (False, False))
 SELECT = {"k": 8, "sinks": 2, "local": 6, "reuse": 0.4, "chunk": 5}
 SKIP = {"min_layers": 2, "max_layers": 4, "horizon": 70}
 
@@ -48,6 +50,8 @@ POLICIES: dict[str, Policy] = {
     "keydiff": KeyDiff(11, sinks=1, recent=2),
     "keydiff-slack": KeyDiff(0.25, recent=3, slack=5),
     "keydiff|skipdecode": KeyDiff(11, recent=2, slack=3) | SkipDecode(**SKIP),
+    "duoattention": DuoAttention(RETRIEVAL, sinks=2, recent=7),
+    "duoattention|skipdecode": DuoAttention(RETRIEVAL, sinks=2, recent=7) | SkipDecode(**SKIP),
     "lagkv": LagKV(15, sinks=2, lag=4),
     "lagkv-share": LagKV(0.5, sinks=0, lag=5),
     "lagkv|skipdecode": LagKV(11, sinks=1, lag=5) | SkipDecode(**SKIP),
@@ -68,6 +72,8 @@ GENEROUS: dict[str, Policy] = {
     "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),
     "knorm": KNorm(200),
     "keydiff": KeyDiff(60, recent=1, slack=6),  # the budget and its slack together are just enough
+    "duoattention": DuoAttention(((True, True),) * LAYERS, sinks=1, recent=1),
+    "duoattention-streaming": DuoAttention(((False, True),) * LAYERS, sinks=6, recent=60),
     "lagkv": LagKV(66, lag=3),
 }
 

@@ -3,6 +3,7 @@
 from .base import NEEDS, Policy, Selection
 from .budget import Budget
 from .compose import compose
+from .duoattention import DuoAttention
 from .full import Full
 from .h2o import H2O
 from .keydiff import KeyDiff
@@ -18,6 +19,7 @@ __all__ = [
     "H2O",
     "NEEDS",
     "Budget",
+    "DuoAttention",
     "Full",
     "KNorm",
     "KeyDiff",

@@ -153,6 +153,12 @@ class Policy:
     def check(self, num_layers: int) -> None:
         """Raise ValueError if the policy cannot work on a model with ``num_layers`` decoder layers."""
 
+    def check_heads(self, kv_heads: int) -> None:
+        """Raise ValueError if the policy cannot work on layers that cache ``kv_heads`` key-value heads each.
+
+        Called at ``wrap``, where the model's configuration says how many there are.
+        """
+
     # -- text form and composition ----------------------------------------------------------------------------------
 
     def __or__(self, other: Policy) -> Policy:

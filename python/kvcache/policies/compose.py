@@ -91,6 +91,10 @@ class _Composite(Policy):
         for part in self.parts:
             part.check(num_layers)
 
+    def check_heads(self, kv_heads: int) -> None:
+        for part in self.parts:
+            part.check_heads(kv_heads)
+
     def __str__(self) -> str:
         return " | ".join(map(str, self.parts))
 
