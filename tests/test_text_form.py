@@ -8,6 +8,7 @@ import kvcache
 from kvcache import (
     H2O,
     DuoAttention,
+    ExpectedAttention,
     Full,
     KeyDiff,
     KNorm,
@@ -31,6 +32,14 @@ retention = st.one_of(
     st.builds(KNorm, keep=budgets, sinks=st.integers(0, 9), recent=budgets | st.just(0)),
     st.builds(KeyDiff, keep=budgets, sinks=st.integers(0, 9), recent=budgets, slack=st.integers(0, 500)),
     st.builds(LagKV, keep=st.integers(60, 10**6) | shares | sizes, sinks=st.integers(0, 9), lag=st.integers(2, 20)),
+    st.builds(
+        ExpectedAttention,
+        keep=budgets,
+        horizon=counts,
+        sinks=st.integers(0, 9),
+        recent=budgets | st.just(0),
+        slack=st.integers(0, 500),
+    ),
     st.builds(
         DuoAttention,
         heads=shares | st.lists(st.lists(st.booleans(), min_size=1, max_size=4), min_size=1, max_size=4),

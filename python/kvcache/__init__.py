@@ -16,6 +16,7 @@ from .layer_state import LayerView
 from .policies import (
     H2O,
     DuoAttention,
+    ExpectedAttention,
     Full,
     KeyDiff,
     KNorm,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "H2O",
     "DuoAttention",
+    "ExpectedAttention",
     "Full",
     "KNorm",
     "KVCache",

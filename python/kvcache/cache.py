@@ -93,7 +93,7 @@ class KVCache(Cache):
         dtype = check_options(page_size, state.kv_dtype if kv_dtype is None else kv_dtype, max_tokens, prefill)
         state.check_policy(model, resolved)
         state.route(model, resolved)
-        rotation = state.rotation(model) if resolved.selects else None
+        rotation = state.rotation(model) if resolved.selects or resolved.observes else None
         self._adopt(
             Engine(
                 resolved,

@@ -201,7 +201,9 @@ class Engine(Reading, Evicting):
         sources: list[Tensor] = []
         copies: list[Tensor] = []
         for layer in layers:
-            now = {k: v for k, v in layer.state.items() if isinstance(v, Tensor)}
+            # What a policy makes of the queries that it observes it replaces: nothing is written to.
+            written = {} if self.policy.observes else layer.state
+            now = {k: v for k, v in written.items() if isinstance(v, Tensor)}
             if self.policy.needs and layer.store is not None:
                 now["scores"] = layer.store.columns[0]
             for name, tensor in now.items():
@@ -382,7 +384,7 @@ class Engine(Reading, Evicting):
             layer.pending.clear()
             if columns:
                 layer.store.crop(limits.to(device))
-                layer.state.clear()
+                layer.state = self.policy.crop_state(layer.state)
         self.tokens = limits
         self.settle()
 

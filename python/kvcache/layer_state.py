@@ -37,11 +37,13 @@ class Layer:
         self.index, self.window = index, window
         self.store: LayerStore | None = None
         self.group = 1
+        self.scale = 1.0  # of the logits of the last attention
         self.state: dict[str, Any] = {}
         self._counters: Counter[str] = Counter()
         self.events: Tensor | None = None  # [2] int32 on the layer's device, EVENTS that no counter has seen yet
         self.forget_budgets()
-        self.pending: list[RecordedQueries | SlotProbabilities] = []  # what is not yet known to be accepted
+        # What is not yet known to be accepted.
+        self.pending: list[RecordedQueries | SlotProbabilities | ObservedQueries] = []
         self.was_empty = True
         self.paged = True  # False: transformers' own layer, which holds nothing here
         self.expands: str | None = None  # the tier whose models want all entries densely at every step, if it is one
@@ -144,6 +146,23 @@ class RecordedQueries:
         return RecordedQueries(self.q[rows], self.positions[rows], self.lse[rows], start, mask, ask)
 
 
+@dataclass(frozen=True)
+class ObservedQueries:
+    """Queries q [R, Hq, T, D] at ``positions`` [R, T] that a policy observes once it is known which were accepted."""
+
+    q: Tensor
+    positions: Tensor
+
+    def collect(self, engine: Engine, layer: Layer, limits: Tensor) -> None:
+        """Show the policy the queries before ``limits`` [R]."""
+        accepted = torch.where(self.positions < limits[:, None], self.positions, -1)
+        engine.policy.observe(layer.view(), self.q, accepted)
+
+    def select_rows(self, rows: Tensor) -> ObservedQueries:
+        """Of the rows ``rows`` [R'] int64 alone."""
+        return ObservedQueries(self.q[rows], self.positions[rows])
+
+
 class LayerView:
     """A layer as a policy sees it. Tensors are views: read them, do not write them. A policy may write to nothing but
     its own columns, while it scores: what an entry is worth may become known later than the entry, and once.
@@ -162,6 +181,7 @@ class LayerView:
     rows = property(lambda self: self._store.rows, doc="Rows of the batch.")
     heads = property(lambda self: self._store.heads, doc="Key-value heads.")
     group = property(lambda self: self._layer.group, doc="Query heads per kv head.")
+    scale = property(lambda self: self._layer.scale, doc="By what the model multiplies logits, as it last attended.")
     all_heads = property(
         lambda self: self.heads * (1 if self._layer.engine.parallel is None else self._layer.engine.parallel.size),
         doc="Key-value heads of the layer on all ranks that share it.",
@@ -230,12 +250,23 @@ class LayerView:
         if engine.compact or engine.rotation is None:
             return queries
         step = engine.step
-        assert step is not None
-        if positions is not step.on(positions.device, step.positions):
+        if step is None or positions is not step.on(positions.device, step.positions):
             return engine.rotation.unrotate(queries, positions)
         angles = self._angles(positions.device)
         assert angles is not None
         return engine.rotation.turn(queries, *angles)
+
+    def turned_back(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """``keys`` [rows, heads, n, D] by the transpose of the mean rotation to ``positions`` [rows, T].
+
+        k . (R q) = (R^T k) . q: what queries that are not rotated meet, on the average over these positions. As they
+        are, if the model has no rotation.
+        """
+        rotation = self._layer.engine.rotation
+        if rotation is None:
+            return keys
+        cos, sin = (x.mean(2, keepdim=True) for x in rotation.angles(positions, -1.0))
+        return rotation.turn(keys, cos, sin)
 
     def _angles(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """What turns this step's queries back, [rows, 1, T, half] each; None where there is nothing to turn."""

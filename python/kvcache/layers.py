@@ -85,8 +85,12 @@ class WrappedState:
                 f"{policy}: no layer of {name} can be skipped: layer {stuck} keeps a recurrent state or an indexer's "
                 "keys, or reads another layer's entries"
             )
-        if policy.positions == "compact" and isinstance(found := self._find_rotation(model), ValueError):
-            raise found
+        if policy.observes and (self.materialised or self.plan.self_attending):
+            why = "makes keys of what is cached (MLA)" if self.materialised else "computes attention itself"
+            raise ValueError(f"{policy} needs queries that are made for the cached keys, but {name} {why}")
+        turns = "positions='compact'" if policy.positions == "compact" else str(policy) if policy.observes else None
+        if turns is not None and isinstance(found := self._find_rotation(model), ValueError):
+            raise ValueError(f"{turns} {found}")
         if policy.schedules and not self.routed:
             decoder_layers(model, len(self.windows))
 

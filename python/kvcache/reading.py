@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .dense_attention import dense_attention, fast_types
-from .layer_state import Layer, RecordedQueries
+from .layer_state import Layer, ObservedQueries, RecordedQueries
 from .policies.base import Policy
 from .step import Attention, Pages, Step
 
@@ -43,6 +43,23 @@ class Reading:
         """
         step = self.step
         assert step is not None
+        out = self._read(layer, q, ask, dense, step)
+        if step.prompt and self.policy.observes:
+            layer.scale = ask.scale
+            self._observe(layer, q if step.repeats is None else step.repeats.once(q), step)
+        return out
+
+    def _observe(self, layer: Layer, q: Tensor, step: Step) -> None:
+        """Show the policy queries of a prompt, or note them while it is open which will be accepted."""
+        positions, active = step.on(q.device, step.positions), step.routed.get(layer.index)
+        if active is not None:
+            positions = torch.where(step.on(q.device, active), positions, -1)
+        if self.recording:
+            layer.pending.append(ObservedQueries(q, positions))
+        else:
+            self.policy.observe(layer.view(), q, positions)
+
+    def _read(self, layer: Layer, q: Tensor, ask: Attention, dense: tuple[Tensor, Tensor] | None, step: Step) -> Tensor:
         if step.ready and dense is None and ask.mask is None:
             assert layer.store is not None
             layer.new = None  # not kept: they are in the pages

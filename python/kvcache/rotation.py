@@ -18,23 +18,23 @@ class Rotation:
     """Rotates keys and queries of a model by given positions.
 
     Built from the model's rotary module (``inv_freq``) and checked against the model's own ``apply_rotary_pos_emb``
-    before use; raises ValueError naming what is not supported.
+    before use; raises ValueError saying what whoever wants to rotate "needs" or "does not know".
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
         name = type(model).__name__
         if not modules:
-            raise ValueError(f"positions='compact' needs rotary embeddings with inv_freq, which {name} does not have")
+            raise ValueError(f"needs rotary embeddings with inv_freq, which {name} does not have")
         rotary = modules[0]
         kind = getattr(rotary, "rope_type", "default")
         if kind in ("dynamic", "longrope"):
             raise ValueError(
-                f"positions='compact' needs fixed rotary frequencies; {name} uses rope_type={kind!r}, "
+                f"needs fixed rotary frequencies; {name} uses rope_type={kind!r}, "
                 "whose frequencies depend on the length"
             )
         if any(not torch.equal(m.inv_freq, rotary.inv_freq) for m in modules[1:]):
-            raise ValueError(f"positions='compact' needs one set of rotary frequencies; {name} has several")
+            raise ValueError(f"needs one set of rotary frequencies; {name} has several")
         self.inv_freq = rotary.inv_freq.detach().float()
         self._check(model, rotary)
 
@@ -63,7 +63,7 @@ class Rotation:
         apply = getattr(sys.modules[type(rotary).__module__], "apply_rotary_pos_emb", None)
         name = type(model).__name__
         if apply is None:
-            raise ValueError(f"positions='compact': {name} has no apply_rotary_pos_emb to check the rotation against")
+            raise ValueError(f"needs apply_rotary_pos_emb to check the rotation against, which {name} does not have")
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 1, 3, 2 * self.inv_freq.numel(), generator=generator).to(self.inv_freq.device)
         positions = torch.tensor([[0, 7, 1000]], device=x.device)
@@ -71,6 +71,6 @@ class Rotation:
             cos, sin = rotary(x, positions)
             theirs = apply(x, x, cos, sin)[1] / getattr(rotary, "attention_scaling", 1.0)
         except Exception as error:
-            raise ValueError(f"positions='compact' does not know the rotary embedding of {name}: {error}") from error
+            raise ValueError(f"does not know the rotary embedding of {name}: {error}") from error
         if theirs.shape != x.shape or not torch.allclose(self.rotate(x, positions), theirs, atol=1e-4):
-            raise ValueError(f"positions='compact' does not know how {name} pairs the channels of its rotary embedding")
+            raise ValueError(f"does not know how {name} pairs the channels of its rotary embedding")

@@ -27,6 +27,7 @@ POLICIES = {
     "h2o|skipdecode": kvcache.H2O(5, 4) | SKIP,
     "keydiff": kvcache.KeyDiff(8, recent=2, slack=3),
     "lagkv": kvcache.LagKV(0.5, sinks=1, lag=4),
+    "expectedattention": kvcache.ExpectedAttention(8, horizon=20, sinks=1, slack=2),
     "duoattention": kvcache.DuoAttention(((True, False), (False, False)), sinks=2, recent=6),
 }
 LENGTHS = (30, 7, 19, 44, 1, 23, 30)

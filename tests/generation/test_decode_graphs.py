@@ -32,6 +32,7 @@ CAPTURED = (
     "keydiff|skipdecode",
     "duoattention",
     "lagkv",
+    "expectedattention-slack",
 )
 
 

@@ -27,6 +27,7 @@ POLICIES = {
     "keydiff": kvcache.KeyDiff(9, sinks=1, recent=3),
     "keydiff-slack": kvcache.KeyDiff(9, sinks=1, recent=3, slack=4),
     "lagkv": kvcache.LagKV(11, sinks=1, lag=3),
+    "expectedattention": kvcache.ExpectedAttention(9, horizon=20, sinks=1, recent=2),
     "duoattention": kvcache.DuoAttention(((True, False), (False, False)), sinks=2, recent=7),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
@@ -40,9 +41,10 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "keydiff": kvcache.KeyDiff(200),
     "keydiff-slack": kvcache.KeyDiff(200, slack=4),
     "lagkv": kvcache.LagKV(200, lag=3),
+    "expectedattention": kvcache.ExpectedAttention(200),
     "duoattention": kvcache.DuoAttention(((True, True), (True, False)), sinks=2, recent=200),
 }
-BUDGETS = {"streamingllm": 11, "h2o": 9, "random": 9, "h2o|skipdecode": 9, "keydiff": 9}
+BUDGETS = {"streamingllm": 11, "h2o": 9, "random": 9, "h2o|skipdecode": 9, "keydiff": 9, "expectedattention": 9}
 NEW = 12
 IDS, MASK = padded([prompt(n, seed=20 + n)[0] for n in (30, 21)], "left")
 

@@ -13,8 +13,10 @@ from support.dense import Oracle, dense_logits
 from support.engines import engine, held, step
 from support.models import build, padded
 from support.runs import run
+from transformers import BloomForCausalLM
 
 import kvcache
+from kvcache.evaluation.tiny_models import tiny_model
 
 PROMPT, TOTAL, LAYERS = 44, 70, 3
 
@@ -25,10 +27,12 @@ def tokens(seed=6):
 
 class Rules(Oracle):
     """What is kept by ``rule(layer, head, kept, k, v, n, ends) -> kept``: positions after ``n`` tokens, of which k and
-    v [T, D] belong to one head; ``ends``: the last of them ended the prompt. ``kept[n][layer][head]``."""
+    v [T, D] belong to one head; ``ends``: the last of them ended the prompt. ``kept[n][layer][head]``. For the rule lie
+    there: ``rule.queries`` [group, T, D] of the head, ``rule.prompt`` and ``rule.frequencies`` of the rotation."""
 
     def __init__(self, rule, prompt):
         self.rule, self.prompt, self.kept = rule, prompt, {}
+        rule.prompt = prompt
 
     def attend(self, layer, q, k, v, causal, logits):
         self.values = v
@@ -37,6 +41,7 @@ class Rules(Oracle):
     def visible(self, layer, q, k, probabilities):
         seen = super().visible(layer, q, k, probabilities)
         for h in range(k.shape[0]):
+            self.rule.queries = q.unflatten(0, (k.shape[0], -1))[h]
             kept = list(range(self.prompt - 1))
             for t in range(self.prompt - 1, q.shape[1]):
                 if t >= self.prompt:
@@ -106,6 +111,32 @@ def lagkv(policy):
     return rule
 
 
+def expected_attention(policy):
+    def rotation(p):
+        angle = rule.frequencies.double() * p
+        cos, sin = torch.diag(angle.cos()), torch.diag(angle.sin())
+        return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
+
+    statistics = {}
+
+    def rule(layer, head, kept, k, v, n, ends):
+        if (layer, head) not in statistics:
+            prompt = range(policy.sinks, rule.prompt)
+            plain = [torch.stack([rotation(p).T @ q[p] for p in prompt]) for q in rule.queries]
+            statistics[layer, head] = [(x.mean(0), torch.cov(x.T, correction=0)) for x in plain]
+        if len(kept) <= policy.keep + (0 if ends else policy.slack):
+            return kept
+        ahead = sum(rotation(n + i) for i in range(policy.horizon)) / policy.horizon
+        free, total = [p for p in kept if p >= policy.sinks], 0
+        for mean, covariance in statistics[layer, head]:
+            m, c = ahead @ mean, ahead @ covariance @ ahead.T
+            total = total + torch.stack([k[p] @ m / 4 + k[p] @ c @ k[p] / 32 for p in free]).softmax(0)
+        worth = {p: float(x * v[p].norm()) for p, x in zip(free, total / len(rule.queries))}
+        return best(kept, policy.keep, worth, policy.sinks, n - policy.recent)
+
+    return rule
+
+
 CLASSES = ((True, False, True, False), (False, True, False, False), (True, False, False, True))
 
 
@@ -124,12 +155,15 @@ CASES = {
     "lagkv": (kvcache.LagKV(14, sinks=2, lag=4), lagkv),
     "lagkv-least": (kvcache.LagKV(13, sinks=0, lag=7), lagkv),
     "lagkv-long": (kvcache.LagKV(30, sinks=3, lag=3), lagkv),
+    "expectedattention": (kvcache.ExpectedAttention(11, horizon=20, sinks=2, recent=3), expected_attention),
+    "expectedattention-slack": (kvcache.ExpectedAttention(9, horizon=5, sinks=0, slack=4), expected_attention),
     "duoattention": (duo("", sinks=2, recent=9), duoattention),
 }
 
 
 def predicted(model, policy, make, ids, prompt):
     oracle = Rules(make(policy), prompt)
+    oracle.rule.frequencies = model.model.rotary_emb.inv_freq
     return dense_logits(model, ids, oracle), oracle.kept
 
 
@@ -323,6 +357,91 @@ def test_heads_that_no_configuration_tells_are_refused_when_the_prompt_ends():
         feed(e, torch.randn(3, 8))
 
 
+EXPECTED = kvcache.ExpectedAttention(20, horizon=20, sinks=3)
+
+
+def statistics(cache):
+    """Of every layer (queries that count [R], their mean and covariance)."""
+    found = []
+    for layer in cache.engine.layers:
+        s = layer.state
+        found.append((s["queries"], s["mean"], s["scatter"] / s["queries"].clamp(min=1)[:, None, None, None]))
+    return found
+
+
+def alike(a, b):
+    for mine, theirs in zip(a, b, strict=True):
+        for x, y in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_expected_attention_counts_the_prompt_and_nothing_else(backend):
+    """In one piece or several, padded or not; neither sinks nor padding nor decoded tokens."""
+    model = kvcache.wrap(build(), EXPECTED)
+    whole = run(model, tokens()[:, :PROMPT], PROMPT).cache
+    longer = run(model, tokens(), PROMPT).cache
+    pieces = run(model, tokens(), PROMPT, chunks=[2, 11, 1, 30]).cache
+    assert statistics(whole)[0][0].tolist() == [PROMPT - 3]
+    alike(statistics(whole), statistics(longer))
+    alike(statistics(whole), statistics(pieces))
+    ids, mask = padded([tokens()[0, :PROMPT], tokens()[0, :17], tokens()[0, :2]], "left")
+    batch = run(model, ids, PROMPT, mask).cache
+    assert statistics(batch)[0][0].tolist() == [PROMPT - 3, 14, 0]
+    short = run(model, tokens()[:, :17], 17).cache
+    for part, row in ((whole, 0), (short, 1)):
+        alike(statistics(part), [[x[row : row + 1] for x in layer] for layer in statistics(batch)])
+
+
+def test_expected_attention_learns_from_every_prompt_and_forgets_none(backend):
+    """A second turn adds to the first; forks, exports and taking tokens back keep what was learnt."""
+    model = kvcache.wrap(build(), kvcache.ExpectedAttention(200, horizon=20, sinks=3))
+    cache = kvcache.KVCache(model)
+    with torch.no_grad():
+        for a, b in ((0, 20), (20, 21), (21, 40)):
+            model(tokens()[:, a:b], past_key_values=cache)
+    queries = statistics(cache)
+    assert queries[0][0].tolist() == [20 - 3 + 19]
+    alike(queries, statistics(cache.fork()))
+    alike(queries, statistics(kvcache.KVCache.import_state(model, cache.export_state())))
+    cache.crop(-10)
+    alike(queries, statistics(cache))
+    cache.batch_repeat_interleave(2)
+    assert statistics(cache)[0][0].tolist() == [36, 36]
+
+
+def test_drafts_that_are_refused_teach_nothing():
+    """The first forward of assisted decoding brings the prompt and drafts, of which some are right."""
+    model, ids = kvcache.wrap(build("llama-gqa"), EXPECTED), tokens()[:, :30]
+    cache = kvcache.KVCache(model)
+    model.generate(
+        ids, past_key_values=cache, assistant_model=build("llama-gqa", seed=5), do_sample=False, max_new_tokens=12
+    )
+    found = statistics(cache)
+    accepted = int(found[0][0]) - (30 - 3)
+    assert 0 <= accepted < 3
+    with torch.no_grad():
+        sequence = model.generate(ids, do_sample=False, max_new_tokens=12)
+    plain = run(model, sequence[:, : 30 + accepted], 30 + accepted).cache
+    alike(found, statistics(plain))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gpt2", "rotary embeddings.*GPT2"), ("deepseek-v3", "cached keys.*MLA"), ("gemma3", "rotary embeddings.*Gemma3")],
+)
+def test_expected_attention_refuses_what_it_cannot_foresee(name, message):
+    """No rotation, or several, or queries that are made for other keys than the cached ones."""
+    model = build(name)
+    for policy in (EXPECTED, EXPECTED | kvcache.SkipDecode(1, 2)):
+        with pytest.raises(ValueError, match=message):
+            kvcache.wrap(model, policy)
+
+
+def test_expected_attention_refuses_models_that_show_no_queries():
+    with pytest.raises(ValueError, match="computes attention itself"):
+        kvcache.wrap(tiny_model(BloomForCausalLM, "bloom"), EXPECTED)
+
+
 # -- slack ----------------------------------------------------------------------------------------------------------
 
 
@@ -418,6 +537,9 @@ def test_slack_is_foreseen_for_a_captured_step(backend):
         ("lagkv(lag=1)", "lag"),
         ("lagkv(sinks=-1)", "sinks"),
         ("duoattention(sinks=0.5)", "sinks"),
+        ("expectedattention(horizon=0)", "horizon"),
+        ("expectedattention(keep=0)", "keep"),
+        ("expectedattention(slack=-1)", "slack"),
         ("duoattention(recent=0)", "recent"),
         ("duoattention(seed=-1)", "seed"),
         ("duoattention(heads=[[x]])", "heads"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcache import (
     H2O,
     DuoAttention,
+    ExpectedAttention,
     Full,
     KeyDiff,
     KNorm,
@@ -52,6 +53,9 @@ POLICIES: dict[str, Policy] = {
     "keydiff|skipdecode": KeyDiff(11, recent=2, slack=3) | SkipDecode(**SKIP),
     "duoattention": DuoAttention(RETRIEVAL, sinks=2, recent=7),
     "duoattention|skipdecode": DuoAttention(RETRIEVAL, sinks=2, recent=7) | SkipDecode(**SKIP),
+    "expectedattention": ExpectedAttention(11, horizon=30, sinks=1, recent=2),
+    "expectedattention-slack": ExpectedAttention(0.2, horizon=9, sinks=2, slack=5),
+    "expectedattention|skipdecode": ExpectedAttention(11, horizon=9, sinks=2) | SkipDecode(**SKIP),
     "lagkv": LagKV(15, sinks=2, lag=4),
     "lagkv-share": LagKV(0.5, sinks=0, lag=5),
     "lagkv|skipdecode": LagKV(11, sinks=1, lag=5) | SkipDecode(**SKIP),
@@ -74,6 +78,7 @@ GENEROUS: dict[str, Policy] = {
     "keydiff": KeyDiff(60, recent=1, slack=6),  # the budget and its slack together are just enough
     "duoattention": DuoAttention(((True, True),) * LAYERS, sinks=1, recent=1),
     "duoattention-streaming": DuoAttention(((False, True),) * LAYERS, sinks=6, recent=60),
+    "expectedattention": ExpectedAttention(66),
     "lagkv": LagKV(66, lag=3),
 }
 

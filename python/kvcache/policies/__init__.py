@@ -4,6 +4,7 @@ from .base import NEEDS, Policy, Selection
 from .budget import Budget
 from .compose import compose
 from .duoattention import DuoAttention
+from .expected_attention import ExpectedAttention
 from .full import Full
 from .h2o import H2O
 from .keydiff import KeyDiff
@@ -20,6 +21,7 @@ __all__ = [
     "NEEDS",
     "Budget",
     "DuoAttention",
+    "ExpectedAttention",
     "Full",
     "KNorm",
     "KeyDiff",

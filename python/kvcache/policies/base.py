@@ -94,6 +94,23 @@ class Policy:
         """Values of the declared ``columns`` for new tokens with keys, values [rows, heads, T, D]: name -> [.., T]."""
         return {}
 
+    @property
+    def observes(self) -> bool:
+        """Whether the policy wants to see the queries of prompts."""
+        return type(self).observe is not Policy.observe
+
+    def observe(self, layer: LayerView, queries: Tensor, positions: Tensor) -> None:
+        """See a prompt's ``queries`` [rows, query_heads, T, D], as the model rotated them, after they have attended.
+
+        ``positions`` [rows, T] int32, -1: padding, or a token that is not accepted or skips the layer. Called for every
+        part of a prompt. What is to be remembered goes into ``layer.state`` as new tensors: those that are there must
+        not be written to.
+        """
+
+    def crop_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What stays of ``layer.state`` when the newest tokens are taken back; the default forgets everything."""
+        return {}
+
     # -- selection: which entries this step reads -------------------------------------------------------------------
 
     @property

@@ -62,6 +62,16 @@ class _Composite(Policy):
     def append_columns(self, layer: LayerView, keys: Tensor, values: Tensor) -> Mapping[str, Tensor]:
         return self._by_axis["retains"].append_columns(layer, keys, values)
 
+    @property
+    def observes(self) -> bool:
+        return self.retains and self._by_axis["retains"].observes
+
+    def observe(self, layer: LayerView, queries: Tensor, positions: Tensor) -> None:
+        self._by_axis["retains"].observe(layer, queries, positions)
+
+    def crop_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        return self._by_axis["retains"].crop_state(state) if self.retains else {}
+
     def select(self, layer: LayerView, queries: Tensor, positions: Tensor) -> Selection | None:
         return self._by_axis["selects"].select(layer, queries, positions)
 
