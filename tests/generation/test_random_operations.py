@@ -15,6 +15,16 @@ OPERATIONS = int(os.environ.get("KVCACHE_OPERATIONS", 6_000))
 PIECE = 2_000  # operations of one seed
 
 SKIP = SkipDecode(1, 2, 30)
+
+
+class _LaterH2O(H2O):
+    slack = 3
+
+
+class _LaterRandom(RandomEviction):
+    slack = 5
+
+
 CASES = {
     "full": Case(Full(), page_size=1),
     "full, bfloat16": Case(Full(), (None,), dtype=torch.bfloat16),
@@ -30,6 +40,10 @@ CASES = {
     "h2o, few pages": Case(H2O(4, 3), max_tokens=40),
     "random": Case(RandomEviction(7, sinks=1, recent=2, seed=3), (9, None)),
     "random, float16": Case(RandomEviction(0.5), page_size=8, dtype=torch.float16),
+    "h2o with slack, few pages": Case(_LaterH2O(4, 3), page_size=2, max_tokens=50),
+    "random with slack": Case(_LaterRandom(7, sinks=1, recent=2, seed=3), (9, None), 3),
+    "random with slack, chunked, few pages": Case(_LaterRandom(5, recent=2), prefill="chunked", max_tokens=40),
+    "random with slack|skipdecode": Case(_LaterRandom(5, sinks=1) | SKIP, (None, None), 2),
     "skipdecode": Case(SKIP, (None, None), 1),
     "h2o|skipdecode": Case(H2O(4, 3) | SkipDecode(1, 2, 30, prompt="schedule", warmup=0), (None, None)),
     "streaming|skipdecode": Case(StreamingLLM(1, 6) | SKIP, (None, None), 16),

@@ -10,6 +10,7 @@ import kvcache
 from kvcache.layers import first_alike
 
 NAMES = ["full", "streamingllm", "h2o", "random", "tokenselect", "skipdecode", "h2o|skipdecode"]
+NAMES += ["keydiff-slack", "lagkv", "duoattention", "expectedattention"]
 
 
 def prefilled(model, ids, mask=None):

@@ -23,6 +23,8 @@ POLICIES = (
     "h2o(heavy=6, recent=6)",
     "tokenselect(k=6, sinks=2, local=6)",
     "skipdecode(min_layers=2, max_layers=3, horizon=40)",
+    str(kvcache.DuoAttention([[i == j for j in range(4)] for i in range(4)], sinks=2, recent=10)),
+    "duoattention(heads=0.5, sinks=2, recent=10)",
 )
 PROMPT, NEW = 24, 12
 WORKER = """
@@ -44,6 +46,7 @@ for policy in policies:
     found[policy] = {
         "tokens": out.sequences.tolist(),
         "heads": cache.kept(0).shape[1],
+        "kept": [cache.kept(i).tolist() for i in range(4)],
         "selections": sum(r["selections"] for r in cache.report().rows),
     }
 kvcache.unwrap(model)
@@ -101,6 +104,8 @@ def test_two_ranks_equal_one_process(runs, policy):
         assert found[policy]["tokens"] == out.sequences.tolist()
         assert found[policy]["heads"] == out.past_key_values.kept(0).shape[1] // 2 == 2
         assert found[policy]["selections"] == sum(r["selections"] for r in rows)
+    kept = [torch.cat([torch.tensor(found[policy]["kept"][i]) for found in ranks], 1) for i in range(4)]
+    assert all(torch.equal(kept[i], out.past_key_values.kept(i)) for i in range(4))
 
 
 def test_heads_that_ranks_cannot_share_are_refused(runs):

@@ -200,7 +200,7 @@ class Truth:
             if self.opened[layer]:
                 if plan or self.limits[layer] is None:
                     self._plan(layer)
-                self._evict(layer)
+                self._evict(layer, 0 if plan else self.policy.slack)
 
     def _plan(self, layer: int) -> None:
         window = self.windows[layer]
@@ -233,7 +233,7 @@ class Truth:
             return (x >> np.uint64(8)).astype(float)
         return kept.positions.astype(float)
 
-    def _evict(self, layer: int) -> None:
+    def _evict(self, layer: int, slack: int = 0) -> None:
         window = self.windows[layer]
         kinds = (StreamingLLM, RandomEviction)
         sinks = next((p.sinks for kind in kinds if (p := part(self.policy, kind)) is not None), 0)
@@ -243,7 +243,7 @@ class Truth:
             if window is not None:
                 first, gone = 0, sum(self.real[r][: max(self.seen + 1 - window, 0)])
             for h, head in enumerate(self.heads[layer][r]):
-                if len(head.positions) <= budget:
+                if len(head.positions) <= budget + slack:
                     continue
                 free = (head.positions >= first) & (head.positions < end)
                 worth = np.where(free, self._worth(layer, h, head), np.inf)
