@@ -163,6 +163,17 @@ def test_what_cannot_be_captured_runs_as_it_is(gpu, caplog):
     assert torch.equal(here.past_key_values.kept(0), there.past_key_values.kept(0))
 
 
+def test_a_score_over_all_keys_is_not_captured_but_right(gpu):
+    """KeyDiff without slack evicts at every step, and reads all keys for it."""
+    here, there = both(gpu, POLICIES["keydiff"], *padded(ROWS, "left"), changes={"num_hidden_layers": LAYERS})
+    assert torch.equal(here.sequences, host(there.sequences))
+    graphs = there.past_key_values.graphs
+    assert graphs.replays == 0
+    assert "densely" in graphs.refused
+    for layer in range(LAYERS):
+        assert torch.equal(here.past_key_values.kept(layer), there.past_key_values.kept(layer))
+
+
 def test_hooks_inside_are_called_for_every_token(gpu):
     model = kvcache.wrap(gpu(build()), "full")
     ids, calls = prompt(20), []

@@ -307,7 +307,7 @@ def test_o10_ties_go_to_the_lowest_position(backend):
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt-oss", "gpt2", "opt", "phi3", "deepseek-v3"])
-@pytest.mark.parametrize("policy", ["h2o", "streamingllm", "h2o-heavy"])
+@pytest.mark.parametrize("policy", ["h2o", "streamingllm", "h2o-heavy", "knorm", "keydiff-slack", "lagkv"])
 def test_o2_windows_softcaps_sinks_and_latent_attention(name, policy, backend):
     model = kvcache.wrap(build(name), POLICIES[policy])
     ids = tokens()

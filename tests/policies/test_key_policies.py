@@ -17,6 +17,7 @@ from transformers import BloomForCausalLM
 
 import kvcache
 from kvcache.evaluation.tiny_models import tiny_model
+from kvcache.step import Attention
 
 PROMPT, TOTAL, LAYERS = 44, 70, 3
 
@@ -407,6 +408,21 @@ def test_expected_attention_learns_from_every_prompt_and_forgets_none(backend):
     alike(queries, statistics(cache))
     cache.batch_repeat_interleave(2)
     assert statistics(cache)[0][0].tolist() == [36, 36]
+
+
+def test_a_forward_that_fails_teaches_nothing(backend):
+    e = engine(kvcache.ExpectedAttention(50, sinks=0))
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 1, 20, 8, generator=generator)
+    step(e, k, k, k)
+    before = {name: x.clone() for name, x in e.layers[0].state.items()}
+    e.begin(1, 20, None)
+    e.append(e.layers[0], -k, k, e.step)
+    e.attend(e.layers[0], 3 * k, Attention(scale=1.0))
+    assert e.layers[0].state["queries"].tolist() == [40]
+    e.abort()
+    assert all(torch.equal(x, before[name]) for name, x in e.layers[0].state.items())
+    assert held(e) == list(range(20))
 
 
 def test_drafts_that_are_refused_teach_nothing():

@@ -84,7 +84,7 @@ class ExpectedAttention(Policy):
         keys, norms = layer.keys().float(), torch.linalg.vector_norm(layer.values(), dim=-1, dtype=torch.float32)
         width, slots = keys.shape[2], torch.arange(keys.shape[2], device=keys.device)
         free = (slots < layer.counts[..., None]) & (layer.positions[..., :width] >= self.sinks)
-        if "mean" not in layer.state:  # nothing was observed: a prompt of no more than sinks
+        if "mean" not in layer.state:  # no token of a prompt ran the layer
             return torch.nn.functional.pad(norms, (0, layer.capacity - width))
         ahead = layer.tokens[:, None] + torch.arange(self.horizon, device=keys.device)
         keys = layer.turned_back(keys, ahead)  # R^T k, instead of R m and R C R^T
