@@ -15,6 +15,8 @@ BUDGETS = {  # policy -> entries that a head keeps of a prompt of LENGTH tokens
     "h2o(heavy=0.05, recent=0.05)": 12,
     "randomeviction(keep=0.1, sinks=1, recent=2)": 12,
     "h2o(heavy=6, recent=6) | skipdecode(min_layers=1, max_layers=2, horizon=200)": 12,
+    "keydiff(keep=12, recent=3)": 12,
+    "expectedattention(keep=12, horizon=20)": 12,
 }
 
 
@@ -65,6 +67,19 @@ def test_streamingllm_keeps_sinks_and_window_after_every_chunk(log):
     for n, (_, kept) in enumerate(log, 1):
         expected = [p for p in range(8 * n) if p < 2 or p >= 8 * n - 7]
         assert all(head == expected for layer in kept for head in layer[0]), n
+    assert len(log) == 5
+
+
+def test_the_tail_of_lagkv_survives_every_chunk(log):
+    """What has no reference yet stays, and after a chunk a head is within its budget, slack or not."""
+    model = kvcache.wrap(build(num_hidden_layers=2), "lagkv(keep=12, sinks=1, lag=4)", prefill="chunked")
+    greedy(model, prompt(50), new=1, prefill_chunk_size=10)
+    for n, (_, kept) in enumerate(log, 1):
+        tail = (10 * n - 1) % 4 + 4
+        for head in (x for layer in kept for x in layer[0]):
+            assert len(head) == min(12, 10 * n)
+            assert head[0] == 0
+            assert head[-tail:] == list(range(10 * n - tail, 10 * n))
     assert len(log) == 5
 
 

@@ -358,6 +358,24 @@ def test_heads_that_no_configuration_tells_are_refused_when_the_prompt_ends():
         feed(e, torch.randn(3, 8))
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "norms", "kept"),
+    [
+        # All alike: exp(k.q) ||v|| is 7.4, 27, 1, 20.
+        ([(1, 0)] * 4, [(2, 0), (1, 0), (0, 1), (3, 0)], [1, 10, 1, 1], [1, 3]),
+        # Mean 0, variance 4 along the second channel: exp(4 k^2 / 2) is 7.4, 1, 1, 1.6.
+        ([(0, 2), (0, -2)] * 2, [(0, 1), (0, 0), (9, 0), (0, -0.5)], [1, 1, 1, 1], [0, 3]),
+    ],
+)
+def test_expected_attention_of_an_example(queries, keys, norms, kept, backend):
+    """Without a rotation, the model's factor 1."""
+    e = engine(kvcache.ExpectedAttention(2, sinks=0))
+    q, k = (torch.tensor(x, dtype=torch.float32)[None, None] for x in (queries, keys))
+    v = torch.tensor(norms, dtype=torch.float32)[:, None] * torch.tensor([0.6, -0.8])
+    step(e, q, k, v[None, None])
+    assert held(e) == kept
+
+
 EXPECTED = kvcache.ExpectedAttention(20, horizon=20, sinks=3)
 
 
