@@ -13,12 +13,16 @@ settings.load_profile("kvcache")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks as slow whole models over the plain-torch reference, beside the same over the CPU kernels.
+    """Marks as slow whole models over the plain-torch reference and over emulated kernels.
 
-    The ops' own tests compare kernels and reference; ``make test`` is to stay within minutes.
+    Beside them stand the same over the CPU kernels, and the ops' own tests compare all three; ``make test`` is to stay
+    within minutes.
     """
     for item in items:
-        if item.get_closest_marker("reference") and item.path.parent.name not in ("ops", "core"):
+        folder = item.path.parent.name
+        if folder not in ("ops", "core", "emulation", "bench") and any(
+            item.get_closest_marker(name) for name in ("reference", "emulated")
+        ):
             item.add_marker(pytest.mark.slow)
 
 

@@ -8,7 +8,7 @@ from kvcache.evaluation.loading import load_model
 from kvcache.evaluation.suite import draw_examples, draw_windows, generate_answers, text_bits
 from kvcache.evaluation.table import Measured, claims
 
-LENGTH, SAMPLES, WINDOWS = 1024, 64, 48
+LENGTH, SAMPLES, WINDOWS = 1024, 40, 24
 
 
 @pytest.fixture(scope="module")

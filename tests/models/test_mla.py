@@ -30,7 +30,7 @@ CLASSES = [
     "YoutuForCausalLM",
 ]
 #: Those that also have layers of other kinds.
-HYBRID = ["BailingHybridForCausalLM", "KimiLinearForCausalLM"]
+HYBRID = ["BailingHybridForCausalLM", pytest.param("KimiLinearForCausalLM", marks=pytest.mark.slow)]
 POLICIES = {
     "full": "full",
     "wide": "h2o(heavy=300, recent=100)",
