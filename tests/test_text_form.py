@@ -21,6 +21,13 @@ from kvcache import (
 )
 
 counts = st.integers(1, 10**6)
+windows = {
+    "keep": st.integers(100, 10**6) | st.floats(0, 1, exclude_min=True),
+    "window": st.integers(1, 99),
+    "pool": st.sampled_from([1, 5, 7]),
+    "pooling": st.sampled_from(["avg", "max"]),
+    "generated": st.sampled_from(["keep", "evict"]),
+}
 shares = st.floats(0, 1, exclude_min=True)
 sizes = st.builds(lambda n, unit: f"{n}{unit}", st.integers(1, 4096), st.sampled_from(["B", "KB", "KiB", "MiB", "GB"]))
 budgets = counts | shares | sizes
@@ -28,6 +35,10 @@ budgets = counts | shares | sizes
 retention = st.one_of(
     st.builds(StreamingLLM, sinks=st.integers(0, 99), window=budgets),
     st.builds(H2O, heavy=budgets, recent=budgets | st.just(0), group=st.sampled_from(["mean", "max"])),
+    st.builds(kvcache.TOVA, keep=budgets, sinks=st.integers(0, 9), recent=budgets),
+    st.builds(kvcache.SnapKV, **windows),
+    st.builds(kvcache.PyramidKV, **windows, beta=counts),
+    st.builds(kvcache.AdaKV, **windows, floor=st.floats(0, 1)),
     st.builds(RandomEviction, keep=budgets, sinks=st.integers(0, 9), recent=budgets, seed=st.integers(0, 2**31)),
     st.builds(KNorm, keep=budgets, sinks=st.integers(0, 9), recent=budgets | st.just(0)),
     st.builds(KeyDiff, keep=budgets, sinks=st.integers(0, 9), recent=budgets, slack=st.integers(0, 500)),
@@ -119,6 +130,10 @@ def test_defaults_are_the_papers():
     assert str(StreamingLLM()) == "streamingllm(sinks=4, window=1020)"
     assert str(TokenSelect()) == "tokenselect(k=2048, sinks=128, local=512, reuse=0.9)"
     assert TokenSelect().chunk == 512
+    assert str(kvcache.SnapKV()) == "snapkv(keep=2048, window=32, pool=5)"
+    assert str(kvcache.PyramidKV()) == "pyramidkv(keep=2048, window=32, pool=5, beta=20)"
+    assert str(kvcache.AdaKV()) == "adakv(keep=2048, window=32, pool=5, floor=0.2)"
+    assert str(kvcache.TOVA()) == "tova(keep=512, sinks=0, recent=0)"
     assert str(SkipDecode()) == "skipdecode(min_layers=11, max_layers=22, horizon=1024, warmup=1)"
 
 

@@ -15,6 +15,8 @@ from .engine import PromptTooLong
 from .layer_state import LayerView
 from .policies import (
     H2O,
+    TOVA,
+    AdaKV,
     DuoAttention,
     ExpectedAttention,
     Full,
@@ -22,9 +24,11 @@ from .policies import (
     KNorm,
     LagKV,
     Policy,
+    PyramidKV,
     RandomEviction,
     Selection,
     SkipDecode,
+    SnapKV,
     StreamingLLM,
     TokenSelect,
     parse_policy,
@@ -35,6 +39,8 @@ from .wrap import unwrap, wrap
 __version__ = "0.1.0"
 __all__ = [
     "H2O",
+    "TOVA",
+    "AdaKV",
     "DuoAttention",
     "ExpectedAttention",
     "Full",
@@ -47,10 +53,12 @@ __all__ = [
     "PagePool",
     "Policy",
     "PromptTooLong",
+    "PyramidKV",
     "RandomEviction",
     "Report",
     "Selection",
     "SkipDecode",
+    "SnapKV",
     "StreamingLLM",
     "TokenSelect",
     "__version__",

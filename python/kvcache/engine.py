@@ -48,6 +48,8 @@ class Engine(Reading, Evicting):
         self.prefill = prefill
         self.page_size, self.kv_dtype, self.max_tokens = page_size, kv_dtype, max_tokens
         self.rotation, self.parallel = rotation, parallel
+        if "window_attention" in policy.needs and policy.observed < 1:
+            raise ValueError(f"{policy}: window_attention needs observed queries, 1 or more, got {policy.observed}")
         self.compact = policy.positions == "compact"
         if self.compact and rotation is None:
             raise ValueError(f"{policy} needs the model's rotation")
@@ -204,7 +206,7 @@ class Engine(Reading, Evicting):
             # What a policy makes of the queries that it observes it replaces: nothing is written to.
             written = {} if self.policy.observes else layer.state
             now = {k: v for k, v in written.items() if isinstance(v, Tensor)}
-            if self.policy.needs and layer.store is not None:
+            if layer.store is not None and self.counted(step) is not None:
                 now["scores"] = layer.store.columns[0]
             for name, tensor in now.items():
                 copy = layer.saved.get(name)
@@ -448,7 +450,7 @@ class Engine(Reading, Evicting):
         budgets, recents = [], []
         for x in (layer, coming):
             if x.budgets is None:
-                x.engine.plan(x)
+                x.engine.plan(x, prompt=False)
             assert x.budgets is not None
             assert x.recent is not None
             budgets.append(x.budgets)

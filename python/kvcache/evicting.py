@@ -58,7 +58,7 @@ class Evicting:
             if store is None or not store.counts_host.size:
                 continue
             if plan or layer.budgets is None:
-                self.plan(layer)
+                self.plan(layer, prompt=plan)
             if store.max_count <= layer.smallest_budget + slack:
                 continue
             over = layer.excess()
@@ -76,17 +76,21 @@ class Evicting:
                 assert layer.store is not None
                 layer.store.lost(lost)
                 layer.count("evictions", layer.store.counts_host.size if lost is None else int(np.count_nonzero(lost)))
+        if plan and self.policy.retains and self.policy.generated == "keep":
+            for layer in self.layers:
+                if layer.store is not None and layer.store.counts_host.size:
+                    self.plan(layer, prompt=False)
         if plan:
             for storage in self.storages.values():
                 storage.trim(self.policy.slack)
 
-    def plan(self, layer: Layer) -> None:
-        """Fix the budgets of a layer."""
+    def plan(self, layer: Layer, prompt: bool = True) -> None:
+        """Fix the budgets of a layer: for the end of a ``prompt``, or for the tokens that are generated behind it."""
         store = layer.store
         assert store is not None
         budgets = torch.full((store.rows, store.heads), FAR, dtype=torch.int32)
         recent = torch.zeros(store.rows, dtype=torch.int32)
-        if self.policy.retains:
+        if self.policy.retains and (prompt or self.policy.generated == "evict"):
             granted = self.policy.allocate(layer.view())
             budgets = granted.int().view(store.rows, -1).expand(store.rows, store.heads)
             recent = self.policy.allocate_recent(layer.view()).int()

@@ -119,6 +119,20 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """The queries of a forward that a statistic counts: the ``last`` real ones of each row, 0 for all; ``keep``: the
+    factor of what earlier queries have left, ``idle``: that of rows without any new one."""
+
+    last: int
+    keep: float
+    idle: float = 1.0
+
+    def keep_of(self, asks: Tensor) -> Tensor | float:
+        """The factor for rows of which ``asks`` [R] bool says whether they have a new query: [R, 1, 1], or for all."""
+        return self.keep if self.keep == self.idle else torch.where(asks, self.keep, self.idle)[:, None, None]
+
+
+@dataclass(frozen=True)
 class RecordedQueries:
     """Queries whose attention mass waits for word of which tokens were accepted: arguments of ``Engine._collect``."""
 
@@ -128,6 +142,7 @@ class RecordedQueries:
     start: Tensor | None
     mask: Tensor | None
     ask: Attention
+    counted: Counted
 
     def collect(self, engine: Engine, layer: Layer, limits: Tensor) -> None:
         """Add the mass of the queries before ``limits`` [R] to the scores."""
@@ -137,13 +152,13 @@ class RecordedQueries:
         if self.ask.expand is not None:
             entries = self.ask.expand(*(layer.store.gather(x).to(self.q.dtype) for x in ("keys", "values")))
             pages = Pages.dense(*entries, layer.store.counts, layer.store.positions)
-        engine._collect(layer, pages, self.q, accepted, self.lse, self.start, self.mask, self.ask)
+        engine._collect(layer, pages, self.q, accepted, self.lse, self.start, self.mask, self.ask, self.counted)
 
     def select_rows(self, rows: Tensor) -> RecordedQueries:
         """Of the rows ``rows`` [R'] int64 alone."""
         start, mask = (None if x is None else x[rows] for x in (self.start, self.mask))
         ask = replace(self.ask, mask=None)  # what it hid is in ``mask``
-        return RecordedQueries(self.q[rows], self.positions[rows], self.lse[rows], start, mask, ask)
+        return RecordedQueries(self.q[rows], self.positions[rows], self.lse[rows], start, mask, ask, self.counted)
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,9 @@ class LayerView:
     num_layers = property(lambda self: len(self._layer.engine.layers))
     state = property(lambda self: self._layer.state)
     page_size = property(lambda self: self._store.storage.page_size, doc="Entries per page.")
+    recent = property(
+        lambda self: self._layer.recent, doc="Newest entries protected, [rows] int32; None: not fixed yet."
+    )
     capacity = property(lambda self: self._store.capacity, doc="Slots of each head.")
     most_entries = property(lambda self: self._store.max_count, doc="Entries that no head exceeds; asks no device.")
     decodes = property(
@@ -364,6 +382,16 @@ class LayerView:
         """A sum over the heads here as the sum over all: tensor-parallel ranks add theirs."""
         parallel = self._layer.engine.parallel
         return x if parallel is None else parallel.sum(x)
+
+    def all_heads_of(self, x: Tensor, fill: float) -> Tensor:
+        """``x`` [rows, heads, n] of the heads on all ranks, [rows, all heads, n or more]; what is added is ``fill``."""
+        parallel = self._layer.engine.parallel
+        return x if parallel is None else parallel.gather(x, fill)
+
+    def own_heads_of(self, x: Tensor) -> Tensor:
+        """Of ``x`` [rows, all heads, ...] the heads here."""
+        parallel = self._layer.engine.parallel
+        return x if parallel is None else parallel.own(x)
 
     def similarity(self, a: Tensor, b: Tensor) -> Tensor:
         """Cosine [rows] float32 of ``a`` and ``b`` [rows, query_heads, D], over all heads at once."""

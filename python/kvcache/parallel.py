@@ -31,6 +31,20 @@ class TensorParallel:
             total = total + part
         return total
 
+    def gather(self, x: Tensor, fill: float) -> Tensor:
+        """``x`` [R, heads, n] of all ranks in their order, [R, all heads, most n]; shorter ones end in ``fill``."""
+        width = torch.tensor([x.shape[2]], device=x.device)
+        widths = [torch.empty_like(width) for _ in range(self.size)]
+        dist.all_gather(widths, width, group=self.group)
+        x = torch.nn.functional.pad(x, (0, int(torch.cat(widths).max()) - x.shape[2]), value=fill)
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, 1)
+
+    def own(self, x: Tensor) -> Tensor:
+        """Of ``x`` [R, all heads, ...] the heads of this rank."""
+        return x.chunk(self.size, 1)[dist.get_rank(self.group)]
+
     def __deepcopy__(self, memo: dict) -> TensorParallel:
         return self  # a process group is one thing per process
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .dense_attention import dense_attention, fast_types
-from .layer_state import Layer, ObservedQueries, RecordedQueries
+from .layer_state import Counted, Layer, ObservedQueries, RecordedQueries
 from .policies.base import Policy
 from .step import Attention, Pages, Step
 
@@ -34,6 +34,9 @@ class Reading:
     parallel: TensorParallel | None
     compact: bool
     recording: bool
+    prefill: str
+    prompt_length: int | None
+    unplanned: bool
 
     def attend(self, layer: Layer, q: Tensor, ask: Attention, dense: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attention output [R, T, Hq, Dv] of q [R, Hq, T, D] over the layer's entries, new ones included.
@@ -110,11 +113,11 @@ class Reading:
             q, pages.k, pages.v, pages.table, pages.counts, pages.positions, reach, start, ask.sinks, None, mask,
             None, None, ask.scale, ask.softcap,
         )  # fmt: skip
-        if self.policy.needs:
-            if self.recording:
-                layer.pending.append(RecordedQueries(q, positions, lse, start, mask, ask))
-            else:
-                self._collect(layer, pages, q, positions, lse, start, mask, ask)
+        counted = self.counted(step)
+        if counted is not None and self.recording:
+            layer.pending.append(RecordedQueries(q, positions, lse, start, mask, ask, counted))
+        elif counted is not None:
+            self._collect(layer, pages, q, positions, lse, start, mask, ask, counted)
         return out
 
     # -- latents (mla.py) -------------------------------------------------------------------------------------------
@@ -135,7 +138,8 @@ class Reading:
 
     def takes_latents(self, layer: Layer, ask: Attention) -> bool:
         """Whether :meth:`read_latents` can answer this step: causal attention, its statistics those of one token."""
-        return ask.mask is None and ask.sinks is None and (not self.policy.needs or self._decodes(layer))
+        assert self.step is not None
+        return ask.mask is None and ask.sinks is None and (self.counted(self.step) is None or self._decodes(layer))
 
     def attend_latents(self, layer: Layer, q: Tensor, ask: Attention, absorbed: Callable[..., Tensor]) -> Tensor:
         """``absorbed(q, ask)`` -> [R, T, Hq, Dv] for the rows of q [R, Hq, T, D] that differ, spread over all rows."""
@@ -155,10 +159,11 @@ class Reading:
             reach, active = step.on(device, step.reach), step.routed.get(layer.index)
             reach = reach if active is None else torch.where(step.on(device, active), reach, -1)
         start = None if layer.window is None else step.on(device, step.window_start(layer.window))
-        keep = 0.0 if "last_attention" in policy.needs else 1.0
+        counted = self.counted(step)
         out, _ = ops.latent_attention(
             q_latent, q_rope, storage.k_pages, storage.v_pages, store.table, store.counts, store.positions, reach,
-            start, store.columns[0] if policy.needs else None, ask.scale, ask.softcap, keep,
+            start, None if counted is None else store.columns[0], ask.scale, ask.softcap,
+            1.0 if counted is None else counted.keep,
             policy.group_reduction == "max", self._decode_plan(layer) if one else None,
         )  # fmt: skip
         return out
@@ -191,12 +196,14 @@ class Reading:
     ) -> Tensor:
         selection = self.policy.select(layer.view(), q, positions) if selecting else None
         policy, statistics = self.policy, None
+        assert self.step is not None
         assert layer.store is not None
+        counted = self.counted(self.step)
+        keep = 1.0 if counted is None else counted.keep
         # Materialised layers may attend with more heads, in other slots, than they store: collected aside, then added.
         aside = pages.k is not layer.store.storage.k_pages
-        if policy.needs:
+        if counted is not None:
             statistics = torch.zeros(pages.positions.shape, device=q.device) if aside else layer.store.columns[0]
-        keep = 0.0 if "last_attention" in policy.needs else 1.0
         out, _ = ops.decode_attention(
             q[:, :, 0], pages.k, pages.v, pages.table, pages.counts, pages.positions,
             start, ask.sinks, None,
@@ -332,6 +339,28 @@ class Reading:
 
     # -- statistics -------------------------------------------------------------------------------------------------
 
+    def counted(self, step: Step) -> Counted | None:
+        """Which queries of ``step`` the policy's statistic counts; None: none of them."""
+        needs = self.policy.needs
+        if "attention_sums" in needs:
+            return Counted(0, 1.0)
+        if "last_attention" in needs:
+            return Counted(1, 0.0)
+        if "window_attention" not in needs or not step.prompt:
+            return None
+        window, length = self.policy.observed, self.prompt_length
+        coming = 0 if length is None else max(length - step.start - step.tokens, 0)
+        if length is None or self.recording or self.prefill == "chunked":
+            return Counted(window, 0.0)
+        # Before the first chunk whose queries belong to the window, others stand in: rows that are padded on the right
+        # may have ended. A row without queries in the first chunk is padded on the left: nothing old may stay there.
+        idle = 1.0 if self.unplanned or not coming else 0.0
+        if coming >= window:
+            return Counted(window, 0.0, idle)
+        # The window may begin in an earlier chunk of this prompt, which has counted its part of it then.
+        begun = self.unplanned and length - step.start < window
+        return Counted(window - coming, 1.0 if begun else 0.0, idle)
+
     def _collect(
         self,
         layer: Layer,
@@ -342,15 +371,14 @@ class Reading:
         start: Tensor | None,
         mask: Tensor | None,
         ask: Attention,
+        counted: Counted,
     ) -> None:
-        """Add the attention mass of many queries to the score column."""
-        newest = "last_attention" in self.policy.needs
+        """Bring the attention mass of many queries into the score column."""
         sums = ops.column_sums(
             q, pages.k, pages.table, pages.counts, pages.positions, positions, lse, start, None, mask, ask.scale,
-            ask.softcap, 1 if newest else 0, self.policy.group_reduction == "max",
+            ask.softcap, counted.last, self.policy.group_reduction == "max",
         )  # fmt: skip
-        keep = (positions < 0).all(1).float()[:, None, None] if newest else 1.0
-        self._add_scores(layer, sums, keep)
+        self._add_scores(layer, sums, counted.keep_of((positions >= 0).any(1)))
 
     def _add_scores(self, layer: Layer, sums: Tensor, keep: float | Tensor) -> None:
         store = layer.store

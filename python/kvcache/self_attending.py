@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .attention import current_frame
+from .layer_state import Counted
 from .tiers import caching_modules, index_of
 
 if TYPE_CHECKING:
@@ -34,24 +35,22 @@ class SlotProbabilities:
 
     values: Tensor
     positions: Tensor
+    counted: Counted
 
     def collect(self, engine: Engine, layer: Layer, limits: Tensor | None = None) -> None:
         """Add them to the scores; of queries at or beyond ``limits`` [R] nothing (rejected drafts)."""
         valid = self.positions >= 0
         if limits is not None:
             valid &= self.positions < limits[:, None]
-        if "last_attention" in engine.policy.needs:
-            newest = torch.where(valid, self.positions, -1).amax(1, keepdim=True)
-            keep = (newest < 0).float()[:, :, None]
-            valid &= self.positions == newest
-        else:
-            keep = torch.ones((), device=valid.device)
+        keep = self.counted.keep_of(valid.any(1))
+        if self.counted.last:
+            valid &= valid.flip(1).cumsum(1).flip(1) <= self.counted.last
         sums = torch.where(valid[:, None, :, None], self.values, 0.0).sum(2)
         engine._add_scores(layer, sums, keep)
 
     def select_rows(self, rows: Tensor) -> SlotProbabilities:
         """Of the rows ``rows`` [R'] int64 alone."""
-        return SlotProbabilities(self.values[rows], self.positions[rows])
+        return SlotProbabilities(self.values[rows], self.positions[rows], self.counted)
 
 
 class Watch(TorchFunctionMode):
@@ -99,7 +98,8 @@ class Watch(TorchFunctionMode):
     def _collect(self, probabilities: Tensor) -> None:
         self.seen += 1
         policy, step = self.engine.policy, self.engine.step
-        if not policy.needs or step is None:
+        counted = None if step is None else self.engine.counted(step)
+        if step is None or counted is None:
             return
         assert self.visible is not None
         assert self.columns is not None
@@ -112,7 +112,7 @@ class Watch(TorchFunctionMode):
         active = step.routed.get(self.layer.index)
         if active is not None:
             positions = torch.where(step.on(p.device, active), positions, -1)
-        found = SlotProbabilities(p.gather(3, slots), positions)
+        found = SlotProbabilities(p.gather(3, slots), positions, counted)
         if self.engine.recording:
             self.layer.pending.append(found)
         else:

@@ -29,6 +29,10 @@ POLICIES = {
     "lagkv": kvcache.LagKV(0.5, sinks=1, lag=4),
     "expectedattention": kvcache.ExpectedAttention(8, horizon=20, sinks=1, slack=2),
     "duoattention": kvcache.DuoAttention(((True, False), (False, False)), sinks=2, recent=6),
+    "tova": kvcache.TOVA(9),
+    "snapkv": kvcache.SnapKV(9, 4, 3),
+    "snapkv|skipdecode": kvcache.SnapKV(0.3, 4, 3) | SKIP,
+    "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
 }
 LENGTHS = (30, 7, 19, 44, 1, 23, 30)
 PROMPTS = [prompt(n, seed=40 + i)[0].tolist() for i, n in enumerate(LENGTHS)]

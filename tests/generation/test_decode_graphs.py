@@ -33,6 +33,12 @@ CAPTURED = (
     "duoattention",
     "lagkv",
     "expectedattention-slack",
+    "tova",
+    "snapkv",
+    "snapkv-evict",
+    "snapkv|skipdecode",
+    "pyramidkv",
+    "adakv-evict",
 )
 
 

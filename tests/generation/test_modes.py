@@ -29,6 +29,9 @@ POLICIES = {
     "lagkv": kvcache.LagKV(11, sinks=1, lag=3),
     "expectedattention": kvcache.ExpectedAttention(9, horizon=20, sinks=1, recent=2),
     "duoattention": kvcache.DuoAttention(((True, False), (False, False)), sinks=2, recent=7),
+    "tova": kvcache.TOVA(9),
+    "snapkv": kvcache.SnapKV(9, 4, 3),
+    "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -43,8 +46,12 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "lagkv": kvcache.LagKV(200, lag=3),
     "expectedattention": kvcache.ExpectedAttention(200),
     "duoattention": kvcache.DuoAttention(((True, True), (True, False)), sinks=2, recent=200),
+    "tova": kvcache.TOVA(200),
+    "snapkv": kvcache.SnapKV(200, 4, 3),
+    "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
 }
 BUDGETS = {"streamingllm": 11, "h2o": 9, "random": 9, "h2o|skipdecode": 9, "keydiff": 9, "expectedattention": 9}
+BUDGETS["tova"] = 9
 NEW = 12
 IDS, MASK = padded([prompt(n, seed=20 + n)[0] for n in (30, 21)], "left")
 

@@ -25,6 +25,10 @@ POLICIES = (
     "skipdecode(min_layers=2, max_layers=3, horizon=40)",
     str(kvcache.DuoAttention([[i == j for j in range(4)] for i in range(4)], sinks=2, recent=10)),
     "duoattention(heads=0.5, sinks=2, recent=10)",
+    "tova(keep=9)",
+    "snapkv(keep=9, window=4, pool=3)",
+    "pyramidkv(keep=9, window=4, pool=3, beta=4, generated='evict')",
+    "adakv(keep=9, window=4, pool=3)",
 )
 PROMPT, NEW = 24, 12
 WORKER = """
@@ -100,6 +104,11 @@ def test_two_ranks_equal_one_process(runs, policy):
     kvcache.wrap(model, policy)
     out = model.generate(ids, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
     rows = out.past_key_values.report().rows
+    kept = [out.past_key_values.kept(i) for i in range(4)]
+    for i in range(4):
+        assert torch.cat([torch.tensor(found[policy]["kept"][i]) for found in ranks], 1).tolist() == kept[i].tolist()
+    if policy.startswith("adakv"):  # heads of both ranks compete
+        assert any(int(k[r, :2].sum()) != int(k[r, 2:].sum()) for k in kept for r in range(2))
     for found in ranks:
         assert found[policy]["tokens"] == out.sequences.tolist()
         assert found[policy]["heads"] == out.past_key_values.kept(0).shape[1] // 2 == 2

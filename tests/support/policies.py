@@ -9,6 +9,8 @@ from torch import Tensor
 
 from kvcache import (
     H2O,
+    TOVA,
+    AdaKV,
     DuoAttention,
     ExpectedAttention,
     Full,
@@ -16,8 +18,10 @@ from kvcache import (
     KNorm,
     LagKV,
     Policy,
+    PyramidKV,
     RandomEviction,
     SkipDecode,
+    SnapKV,
     StreamingLLM,
     TokenSelect,
 )
@@ -59,6 +63,15 @@ POLICIES: dict[str, Policy] = {
     "lagkv": LagKV(15, sinks=2, lag=4),
     "lagkv-share": LagKV(0.5, sinks=0, lag=5),
     "lagkv|skipdecode": LagKV(11, sinks=1, lag=5) | SkipDecode(**SKIP),
+    "tova": TOVA(11),
+    "tova|skipdecode": TOVA(11) | SkipDecode(**SKIP),
+    "snapkv": SnapKV(11, 4, 3),
+    "snapkv-max": SnapKV(0.25, 5, 5, pooling="max"),
+    "snapkv-evict": SnapKV(11, 4, 3, generated="evict"),
+    "snapkv|skipdecode": SnapKV(11, 4, 3) | SkipDecode(**SKIP),
+    "pyramidkv": PyramidKV(11, 4, 3, beta=4),
+    "adakv": AdaKV(11, 4, 3),
+    "adakv-evict": AdaKV(11, 4, 1, generated="evict"),
 }
 
 # The same kinds of policies with room for everything: they must change nothing.
@@ -80,6 +93,11 @@ GENEROUS: dict[str, Policy] = {
     "duoattention-streaming": DuoAttention(((False, True),) * LAYERS, sinks=6, recent=60),
     "expectedattention": ExpectedAttention(66),
     "lagkv": LagKV(66, lag=3),
+    "tova": TOVA(200),
+    "snapkv": SnapKV(44, 8),  # the prompt, and what is generated stays
+    "snapkv-evict": SnapKV(200, 8, generated="evict"),
+    "pyramidkv": PyramidKV(200, 8, beta=2),
+    "adakv": AdaKV(44, 8),
 }
 
 

@@ -1,5 +1,6 @@
 """Cache policies: one idea, one file. See ``base.Policy`` for how to write another."""
 
+from .adakv import AdaKV
 from .base import NEEDS, Policy, Selection
 from .budget import Budget
 from .compose import compose
@@ -10,15 +11,20 @@ from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
 from .lagkv import LagKV
+from .pyramidkv import PyramidKV
 from .random_eviction import RandomEviction
 from .skipdecode import SkipDecode
+from .snapkv import SnapKV
 from .streamingllm import StreamingLLM
 from .text import parse_policy
 from .tokenselect import TokenSelect
+from .tova import TOVA
 
 __all__ = [
     "H2O",
     "NEEDS",
+    "TOVA",
+    "AdaKV",
     "Budget",
     "DuoAttention",
     "ExpectedAttention",
@@ -27,9 +33,11 @@ __all__ = [
     "KeyDiff",
     "LagKV",
     "Policy",
+    "PyramidKV",
     "RandomEviction",
     "Selection",
     "SkipDecode",
+    "SnapKV",
     "StreamingLLM",
     "TokenSelect",
     "compose",

@@ -18,7 +18,7 @@ from .budget import Budget, resolve_budget
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
-NEEDS = frozenset({"attention_sums", "last_attention"})
+NEEDS = frozenset({"attention_sums", "last_attention", "window_attention"})
 REGISTRY: dict[str, type[Policy]] = {}
 
 
@@ -34,9 +34,13 @@ class Policy:
     """Base of all policies. Subclass as a frozen dataclass and override what the policy decides.
 
     Class attributes
-        needs: statistics that the engine keeps in the score column of every entry, a subset of
-            ``"attention_sums"`` (probability summed over all queries so far) and ``"last_attention"`` (probability
-            given by the newest query). Both are reduced over the query heads of a kv head with ``group_reduction``.
+        needs: the statistic that the engine keeps in the score column of every entry, at most one of
+            ``"attention_sums"`` (probability summed over all queries so far), ``"last_attention"`` (probability
+            given by the newest query) and ``"window_attention"`` (probability summed over the last ``observed`` queries
+            of the last prompt; later tokens change nothing and have 0). All are reduced over the query heads of a kv
+            head with ``group_reduction``.
+        generated: "evict": the budget holds at all times; "keep": only a prompt is brought within it, and what follows
+            stays, whole, until the next prompt ends (as in papers that compress prompts).
         columns: names of further side columns, filled by :meth:`append_columns`.
         sinks, recent, budget: see :meth:`allocate`; ``budget`` None keeps everything.
         slack: entries by which a head may exceed its budget while decoding. The first one beyond brings it back to the
@@ -49,6 +53,8 @@ class Policy:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[tuple[str, ...]] = ()
+    observed: int = 0
+    generated: str = "evict"
     group_reduction: str = "mean"
     budget: Budget | None = None
     sinks: int = 0
@@ -60,6 +66,10 @@ class Policy:
         unknown = set(cls.needs) - NEEDS
         if unknown:
             raise TypeError(f"{cls.__name__}.needs names {sorted(unknown)}; known: {sorted(NEEDS)}")
+        if len(cls.needs) > 1:
+            raise TypeError(
+                f"{cls.__name__}.needs names {sorted(cls.needs)}; there is one score column, for one of them"
+            )
         if not cls.__name__.startswith("_"):
             REGISTRY[cls.__name__.lower()] = cls
 

@@ -37,6 +37,7 @@ class _Composite(Policy):
         if retention is not None:
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))
+            self.observed, self.generated = retention.observed, retention.generated
 
     @property
     def retains(self) -> bool:
