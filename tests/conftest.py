@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from support.backends import HOST, use
+from support.policies import EVERYDAY, POLICIES
 
 # Machines that run the tests share their cores; a second thread per process makes everything slower there.
 torch.set_num_threads(1)
@@ -13,16 +14,21 @@ settings.load_profile("kvcache")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks as slow whole models over the plain-torch reference and over emulated kernels.
+    """Marks as slow whole models over the plain-torch reference and over emulated kernels, and whole generations under
+    policies of which others are of the same kind.
 
     Beside them stand the same over the CPU kernels, and the ops' own tests compare all three; ``make test`` is to stay
     within minutes.
     """
+    rare = POLICIES.keys() - EVERYDAY
     for item in items:
         folder = item.path.parent.name
-        if folder not in ("ops", "core", "emulation", "bench") and any(
+        slow = folder not in ("ops", "core", "emulation", "bench") and any(
             item.get_closest_marker(name) for name in ("reference", "emulated")
-        ):
+        )
+        if folder == "generation" and hasattr(item, "callspec"):
+            slow |= any(isinstance(x, str) and x in rare for x in item.callspec.params.values())
+        if slow:
             item.add_marker(pytest.mark.slow)
 
 

@@ -74,6 +74,12 @@ POLICIES: dict[str, Policy] = {
     "adakv-evict": AdaKV(11, 4, 1, generated="evict"),
 }
 
+#: One of each kind. In whole generations the others run in ``make test-slow`` (tests/conftest.py).
+EVERYDAY = (
+    *("full", "streamingllm", "h2o", "tokenselect", "tokenselect-compact", "skipdecode", "h2o|skipdecode"),
+    *("snapkv", "adakv", "adakv-evict", "keydiff-slack"),
+)
+
 # The same kinds of policies with room for everything: they must change nothing.
 GENEROUS: dict[str, Policy] = {
     "full": Full(),
