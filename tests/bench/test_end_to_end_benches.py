@@ -100,8 +100,9 @@ def test_tokenselect_benches(tmp_path):
     options = ["--model", "llama-tiny", "--context", "700", "--rounds", "1", "--tokens", "2", "--k", "8"]
     assert bench["main"](["decode", *options, "--out", str(tmp_path / "x.json")]) == 0
     rows = rows_of(tmp_path / "x.json", "cache", "context", "ms/token", "x full", "x DynamicCache", "read", "limit ms")
-    assert len(rows) == 5
-    assert rows[4]["selected"] < 0.5  # only the first steps
+    assert len(rows) == 6
+    assert rows[5]["selected"] < 0.5  # only the first steps
+    assert rows[4]["cache"] == "tokenselect(k=8, shortlist=256)"
     assert rows[1]["cache"] == "full"
     assert rows[1]["x full"] == 1
     assert rows[3]["selected"] == 1

@@ -162,18 +162,13 @@ def without_bugs(build: str) -> list[str]:
     return run(build, False).splitlines()
 
 
-def with_build(build: str, *values: str):
-    """Parameters ``values``, ``build``; two of the builds take minutes to compile."""
-    return pytest.param(*values, build, marks=[pytest.mark.slow] if build in ("race", "asan") else [])
-
-
-@pytest.mark.parametrize("build", map(with_build, emulation.BUILDS))
+@pytest.mark.parametrize("build", map(emulation.with_build, emulation.BUILDS))
 def test_the_right_kernels_pass(build):
     assert without_bugs(build) == [f"{line.split(':')[0]}: passed" for line in without_bugs(build)]
     assert {line.split(":")[0] for line in without_bugs(build)} == set(CAUGHT)
 
 
-@pytest.mark.parametrize(("case", "build"), [with_build(b, case) for case in CAUGHT for b in CAUGHT[case]])
+@pytest.mark.parametrize(("case", "build"), [emulation.with_build(b, case) for case in CAUGHT for b in CAUGHT[case]])
 def test_the_bug_is_caught(case, build):
     assert re.search(
         f"{case}: .*{CAUGHT[case][build]}" if build != "asan" else CAUGHT[case][build], run(build, True, case)

@@ -30,7 +30,7 @@ def names() -> set[str]:
     return set(re.findall(r"KVCACHE_PRIMITIVE\((\w+)\)", tested()))
 
 
-@pytest.mark.parametrize("build", emulation.BUILDS)
+@pytest.mark.parametrize("build", map(emulation.with_build, emulation.BUILDS))
 def test_primitives_compute_what_a_gpu_does(build):
     script = str(Path(__file__).with_name("planted.py"))
     done = subprocess.run(

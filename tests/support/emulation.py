@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +30,11 @@ import kvcache
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE, BUILD = ROOT / "csrc/emulation", ROOT / "build/emulation"
 BUILDS = ("plain", "shuffled", "race", "asan")
+
+
+def with_build(build: str, *values: str) -> Any:
+    """Parameters ``values``, ``build`` of a test; two of the builds take minutes to compile."""
+    return pytest.param(*values, build, marks=[pytest.mark.slow] if build in ("race", "asan") else [])
 
 
 def chosen() -> str:
