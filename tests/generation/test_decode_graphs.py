@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from support.models import ARCHITECTURES, WINDOW, build, greedy, padded, prompt
-from support.policies import LAYERS, POLICIES
+from support.policies import LAYERS, POLICIES, usual
 from support.pretend_gpu import GPU, PretendTensor, move, on_gpu, pretend_gpu
 
 import kvcache
@@ -58,11 +58,11 @@ def host(x):
     return x.inner if isinstance(x, PretendTensor) else x.cpu()
 
 
-def both(gpu, policy, ids, mask=None, new=24, name="qwen3", changes=None, **kwargs):
+def both(gpu, policy, ids, mask=None, new=24, name=None, changes=None, **kwargs):
     """(tokens on the CPU, the output on the GPU)."""
     models = []
     for place in (lambda model: model, gpu):
-        model = build(name, **(changes or {}))
+        model = build(name or usual(policy), **(changes or {}))
         model.set_experts_implementation("eager")
         models.append(kvcache.wrap(place(model), policy))
     here = greedy(models[0], ids, mask, new, **kwargs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import emulation
 from support.models import WINDOW, build, greedy, padded, prompt
-from support.policies import LAYERS, POLICIES
+from support.policies import LAYERS, POLICIES, usual
 from support.pretend_gpu import PretendTensor, move, on_gpu, pretend_gpu
 
 import kvcache
@@ -79,7 +79,8 @@ def test_padded_batch(gpu, policy, side, request):
     if "compact" in policy and "pretended" not in request.node.name:
         # Measured: scores of the two kernels differ by 5e-7, and that decides which of these entries are taken.
         pytest.skip("queries at fixed places leave near ties in these models: rounding decides")
-    assert_alike(*both(gpu, "qwen3", POLICIES[policy], *padded(ROWS, side), changes={"num_hidden_layers": LAYERS}))
+    model = usual(POLICIES[policy])
+    assert_alike(*both(gpu, model, POLICIES[policy], *padded(ROWS, side), changes={"num_hidden_layers": LAYERS}))
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt-oss", "deepseek-v3", "gpt2"])

@@ -7,11 +7,11 @@ import pytest
 import torch
 from support.dense import CompactOracle, H2OOracle, Replay, TokenSelectOracle, dense_logits
 from support.models import build, padded
-from support.policies import GENEROUS, LAYERS, POLICIES, part, schedule
+from support.policies import GENEROUS, LAYERS, POLICIES, part, schedule, usual
 from support.runs import kept, own_log, run
 
 import kvcache
-from kvcache import H2O, KNorm, TokenSelect
+from kvcache import H2O, TokenSelect
 
 TOLERANCE = 5e-5  # float32; logits reach ±15, and what a policy changes is of the order of 1
 PROMPT, TOTAL = 44, 66
@@ -22,11 +22,6 @@ TURN = 9  # tokens of a second turn
 def tokens(seed: int = 6, total: int = TOTAL):
     # No token twice: in layer 0 equal tokens have equal unrotated keys, and rounding would break the tie.
     return (torch.randperm(94, generator=torch.Generator().manual_seed(seed))[:total] + 3)[None]
-
-
-def usual(policy):
-    """The model for a policy: qwen3, but not where norms decide, for it normalises its keys."""
-    return "qwen3" if part(policy, KNorm) is None else "qwen2"
 
 
 def wrapped(policy, name=None, **options):

@@ -112,6 +112,11 @@ def part(policy: Policy, kind: type) -> Policy | None:
     return next((p for p in getattr(policy, "parts", (policy,)) if isinstance(p, kind)), None)
 
 
+def usual(policy: Policy) -> str:
+    """The model for a policy: qwen3, but not where norms decide, for it normalises its keys."""
+    return "qwen3" if part(policy, KNorm) is None else "qwen2"
+
+
 def depth(policy: SkipDecode, position: int) -> int:
     """SkipDecode's n(t) in exact arithmetic, half rounded up."""
     share = min(Fraction(position, policy.horizon), Fraction(1))
