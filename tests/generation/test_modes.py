@@ -50,8 +50,8 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "snapkv": kvcache.SnapKV(200, 4, 3),
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
 }
-BUDGETS = {"streamingllm": 11, "h2o": 9, "random": 9, "h2o|skipdecode": 9, "keydiff": 9, "expectedattention": 9}
-BUDGETS["tova"] = 9
+BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)
+BUDGETS["streamingllm"] = 11
 NEW = 12
 IDS, MASK = padded([prompt(n, seed=20 + n)[0] for n in (30, 21)], "left")
 

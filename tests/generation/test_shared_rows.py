@@ -10,8 +10,7 @@ import kvcache
 from kvcache.layers import first_alike
 
 NAMES = ["full", "streamingllm", "h2o", "random", "tokenselect", "skipdecode", "h2o|skipdecode"]
-NAMES += ["keydiff-slack", "lagkv", "duoattention", "expectedattention"]
-NAMES += ["tova", "snapkv", "adakv-evict"]
+NAMES += ["keydiff-slack", "lagkv", "duoattention", "expectedattention", "tova", "snapkv", "adakv-evict"]
 
 
 def prefilled(model, ids, mask=None):

@@ -113,8 +113,6 @@ def test_two_ranks_equal_one_process(runs, policy):
         assert found[policy]["tokens"] == out.sequences.tolist()
         assert found[policy]["heads"] == out.past_key_values.kept(0).shape[1] // 2 == 2
         assert found[policy]["selections"] == sum(r["selections"] for r in rows)
-    kept = [torch.cat([torch.tensor(found[policy]["kept"][i]) for found in ranks], 1) for i in range(4)]
-    assert all(torch.equal(kept[i], out.past_key_values.kept(i)) for i in range(4))
 
 
 def test_heads_that_ranks_cannot_share_are_refused(runs):

@@ -80,8 +80,6 @@ def test_every_kernel(backend, dtype, dim, reduce_max):
 @pytest.mark.parametrize("reduce_max", [False, True])
 def test_pieces_of_the_queries(backend, multiprocessors, count, dtype, dim, reduce_max):  # noqa: F811
     """Many queries and few entries, an odd group, empty rows; the observation window is one tile or none."""
-    if backend in ("reference", "cpu") and count > 1:
-        pytest.skip("no multiprocessors to share the work")
     multiprocessors(count)
     case = prompt(140, rows=3, dim=dim, dtype=dtype)
     case.counts[1] = 0

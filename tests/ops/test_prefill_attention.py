@@ -85,8 +85,6 @@ def test_every_kernel(backend, multiprocessors, dtype, dim, v_dim, tokens, group
 @pytest.mark.parametrize("tokens", [3, 30])
 def test_pieces_of_a_head(backend, multiprocessors, count, dtype, dim, tokens):  # noqa: F811
     """A few queries, many entries, an odd group, rows of very different lengths, one of them empty (bugs 3 and 13)."""
-    if backend in ("reference", "cpu") and count > 1:
-        pytest.skip("no multiprocessors to share the work")
     multiprocessors(count)
     case = prompt(1500, rows=3, heads=2, dim=dim, dtype=dtype)
     case.counts[1, 1] = 0
