@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationM
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compiling import uncompiled
 from .layer_state import HANDLE, Layer
 from .mla import absorption_of
 from .step import Attention
@@ -84,19 +85,6 @@ def no_grad() -> contextlib.AbstractContextManager[Any]:
 
 
 _NOTHING = contextlib.nullcontext()
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def uncompiled(function: F) -> F:
-    """``torch.compiler.disable`` that costs next to nothing where nothing is compiled; the original takes some µs."""
-    disabled = torch.compiler.disable(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (disabled if torch.compiler.is_dynamo_compiling() else function)(*args, **kwargs)
-
-    return cast(F, call)
 
 
 @uncompiled  # bookkeeping of pages runs as Python; what lies between is compiled

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .attention import current_frame, no_grad, uncompiled
+from .attention import current_frame, no_grad
 from .cache_layers import is_stateful, make_layer
+from .compiling import uncompiled
 from .decode_graph import DecodeGraphs
 from .engine import Engine
 from .layer_state import HANDLE, Layer

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .attention import CACHE_ARGUMENTS, current_frame, parameters_of
-from .layer_state import FAR
+from .policies.budget import FAR
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,9 +149,8 @@ class DecodeGraphs:
                 output = forward(**{**kwargs, **still, **masked})
                 wrote = list(step.wrote)
                 engine.advance()
-                evicted = [x for x in engine.layers if x.store is not None and x.smallest_budget < FAR]
-                if engine.policy.slack:  # what evicts is bulk, and runs without a graph
-                    evicted = []
+                # With slack, what evicts is bulk, and runs without a graph.
+                evicted = [] if engine.policy.slack else [x for x in engine.holding() if x.smallest_budget < FAR]
                 engine.evict_one(evicted, step)
         except BaseException as error:
             engine.restore(step, before)

@@ -104,6 +104,7 @@ class Engine(Reading, Evicting):
             added = count[:, -1].contiguous().numpy()
         prompt = self.seen == 0 or (tokens > 1 and not self.recording) or self._prompt_left > 0
         step_ = Step(self.seen, tokens, rows, positions, reach, before, after, added, real, prompt, same)
+        step_.counted = self._counted(step_)
         self._route(step_)
         self._reserve(step_)
         self._prepare(step_)
@@ -206,7 +207,7 @@ class Engine(Reading, Evicting):
             # What a policy makes of the queries that it observes it replaces: nothing is written to.
             written = {} if self.policy.observes else layer.state
             now = {k: v for k, v in written.items() if isinstance(v, Tensor)}
-            if layer.store is not None and self.counted(step) is not None:
+            if layer.store is not None and step.counted is not None:
                 now["scores"] = layer.store.columns[0]
             for name, tensor in now.items():
                 copy = layer.saved.get(name)

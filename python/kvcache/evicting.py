@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layer_state import FAR, Layer
+from .layer_state import Layer
 from .policies.base import Policy
+from .policies.budget import FAR
 
 if TYPE_CHECKING:
     from .step import Step
@@ -41,6 +42,10 @@ class Evicting:
             known = self._tokens_on[device] = (self.tokens, self.tokens.to(device))
         return known[1]
 
+    def holding(self) -> list[Layer]:
+        """The layers that hold rows here."""
+        return [x for x in self.layers if x.store is not None and x.store.counts_host.size]
+
     def settle(self, step: Step | None = None) -> None:
         """Fix the budgets if a prompt ended, then bring every layer within them.
 
@@ -53,10 +58,9 @@ class Evicting:
             self.unplanned = False
             self.prompt_tokens = self.tokens
         single: list[Layer] = []
-        for layer in self.layers:
+        for layer in self.holding():
             store = layer.store
-            if store is None or not store.counts_host.size:
-                continue
+            assert store is not None
             if plan or layer.budgets is None:
                 self.plan(layer, prompt=plan)
             if store.max_count <= layer.smallest_budget + slack:
@@ -77,9 +81,8 @@ class Evicting:
                 layer.store.lost(lost)
                 layer.count("evictions", layer.store.counts_host.size if lost is None else int(np.count_nonzero(lost)))
         if plan and self.policy.retains and self.policy.generated == "keep":
-            for layer in self.layers:
-                if layer.store is not None and layer.store.counts_host.size:
-                    self.plan(layer, prompt=False)
+            for layer in self.holding():
+                self.plan(layer, prompt=False)
         if plan:
             for storage in self.storages.values():
                 storage.trim(self.policy.slack)
@@ -105,10 +108,9 @@ class Evicting:
         the prompt fixes the budgets anew.
         """
         self.prompt_tokens = self.tokens + coming
-        for layer in self.layers:
-            if layer.store is not None and layer.store.counts_host.size:
-                self.plan(layer)
-                self.evict(layer)
+        for layer in self.holding():
+            self.plan(layer)
+            self.evict(layer)
 
     def evict_one(self, layers: list[Layer], step: Step | None = None) -> None:
         """Take from every head that is over its budget the entry that its policy gives up first.

@@ -14,14 +14,14 @@ from torch import Tensor
 from . import ops
 from .ops.two_stage import two_stage_selection
 from .policies.base import Selection
-from .step import Attention, Pages, Step
+from .policies.budget import FAR
+from .step import Attention, Counted, Pages, Step
 from .store import LayerStore
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .self_attending import SlotProbabilities, Watch
 
-FAR = torch.iinfo(torch.int32).max
 #: What ops.select_tokens counts, in its order.
 EVENTS = ("selections", "reuses")
 #: The attribute under which keys and values that ``update()`` returned carry their layer.
@@ -119,20 +119,6 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """The queries of a forward that a statistic counts: the ``last`` real ones of each row, 0 for all; ``keep``: the
-    factor of what earlier queries have left, ``idle``: that of rows without any new one."""
-
-    last: int
-    keep: float
-    idle: float = 1.0
-
-    def keep_of(self, asks: Tensor) -> Tensor | float:
-        """The factor for rows of which ``asks`` [R] bool says whether they have a new query: [R, 1, 1], or for all."""
-        return self.keep if self.keep == self.idle else torch.where(asks, self.keep, self.idle)[:, None, None]
-
-
-@dataclass(frozen=True)
 class RecordedQueries:
     """Queries whose attention mass waits for word of which tokens were accepted: arguments of ``Engine._collect``."""
 
@@ -200,10 +186,6 @@ class LayerView:
     all_heads = property(
         lambda self: self.heads * (1 if self._layer.engine.parallel is None else self._layer.engine.parallel.size),
         doc="Key-value heads of the layer on all ranks that share it.",
-    )
-    first_head = property(
-        lambda self: 0 if self._layer.engine.parallel is None else self.heads * self._layer.engine.parallel.rank,
-        doc="Which of them the first one here is.",
     )
     counts = property(lambda self: self._store.counts)
     positions = property(lambda self: self._store.positions)

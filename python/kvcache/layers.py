@@ -11,16 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import (
-    CACHE_ARGUMENTS,
-    NAME,
-    Frame,
-    cache_argument,
-    current_frame,
-    parameters_of,
-    set_frame,
-    uncompiled,
-)
+from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_frame, parameters_of, set_frame
+from .compiling import uncompiled
 from .decode_graph import GraphedForward
 from .parallel import TensorParallel
 from .rotation import Rotation

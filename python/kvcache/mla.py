@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .compiling import uncompiled
 from .layer_state import HANDLE
 from .ops.validation import MAX_LATENT, MAX_ROPE
 from .tiers import LayerPlan, index_of, is_update, tree_of
@@ -47,7 +48,7 @@ class Absorption:
         self.module = module
         self.latent, self.nope, self.rope, self.value = (int(getattr(module, name)) for name in SIZES)
 
-    @torch.compiler.disable  # handles are attributes that a graph would lose
+    @uncompiled  # handles are attributes that a graph would lose
     def __call__(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
         layer = getattr(kv_nope, HANDLE, None)
         if layer is not None and layer is getattr(k_rot, HANDLE, None):

@@ -20,7 +20,7 @@ class TensorParallel:
     """The ranks that share the heads of one model."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        self.group, self.size = group, dist.get_world_size(group)
 
     def sum(self, x: Tensor) -> Tensor:
         """``x`` summed over the ranks, bit for bit the same on each of them: gathered, then added in rank order."""

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from . import ops
 from .dense_attention import dense_attention, fast_types
-from .layer_state import Counted, Layer, ObservedQueries, RecordedQueries
+from .layer_state import Layer, ObservedQueries, RecordedQueries
 from .policies.base import Policy
-from .step import Attention, Pages, Step
+from .step import Attention, Counted, Pages, Step
 
 if TYPE_CHECKING:
     from .parallel import TensorParallel
@@ -113,7 +113,7 @@ class Reading:
             q, pages.k, pages.v, pages.table, pages.counts, pages.positions, reach, start, ask.sinks, None, mask,
             None, None, ask.scale, ask.softcap,
         )  # fmt: skip
-        counted = self.counted(step)
+        counted = step.counted
         if counted is not None and self.recording:
             layer.pending.append(RecordedQueries(q, positions, lse, start, mask, ask, counted))
         elif counted is not None:
@@ -139,7 +139,7 @@ class Reading:
     def takes_latents(self, layer: Layer, ask: Attention) -> bool:
         """Whether :meth:`read_latents` can answer this step: causal attention, its statistics those of one token."""
         assert self.step is not None
-        return ask.mask is None and ask.sinks is None and (self.counted(self.step) is None or self._decodes(layer))
+        return ask.mask is None and ask.sinks is None and (self.step.counted is None or self._decodes(layer))
 
     def attend_latents(self, layer: Layer, q: Tensor, ask: Attention, absorbed: Callable[..., Tensor]) -> Tensor:
         """``absorbed(q, ask)`` -> [R, T, Hq, Dv] for the rows of q [R, Hq, T, D] that differ, spread over all rows."""
@@ -159,7 +159,7 @@ class Reading:
             reach, active = step.on(device, step.reach), step.routed.get(layer.index)
             reach = reach if active is None else torch.where(step.on(device, active), reach, -1)
         start = None if layer.window is None else step.on(device, step.window_start(layer.window))
-        counted = self.counted(step)
+        counted = step.counted
         out, _ = ops.latent_attention(
             q_latent, q_rope, storage.k_pages, storage.v_pages, store.table, store.counts, store.positions, reach,
             start, None if counted is None else store.columns[0], ask.scale, ask.softcap,
@@ -198,7 +198,7 @@ class Reading:
         policy, statistics = self.policy, None
         assert self.step is not None
         assert layer.store is not None
-        counted = self.counted(self.step)
+        counted = self.step.counted
         keep = 1.0 if counted is None else counted.keep
         # Materialised layers may attend with more heads, in other slots, than they store: collected aside, then added.
         aside = pages.k is not layer.store.storage.k_pages
@@ -339,7 +339,7 @@ class Reading:
 
     # -- statistics -------------------------------------------------------------------------------------------------
 
-    def counted(self, step: Step) -> Counted | None:
+    def _counted(self, step: Step) -> Counted | None:
         """Which queries of ``step`` the policy's statistic counts; None: none of them."""
         needs = self.policy.needs
         if "attention_sums" in needs:

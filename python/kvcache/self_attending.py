@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .attention import current_frame
-from .layer_state import Counted
+from .step import Counted
 from .tiers import caching_modules, index_of
 
 if TYPE_CHECKING:
@@ -98,8 +98,7 @@ class Watch(TorchFunctionMode):
     def _collect(self, probabilities: Tensor) -> None:
         self.seen += 1
         policy, step = self.engine.policy, self.engine.step
-        counted = None if step is None else self.engine.counted(step)
-        if step is None or counted is None:
+        if step is None or step.counted is None:
             return
         assert self.visible is not None
         assert self.columns is not None
@@ -112,7 +111,7 @@ class Watch(TorchFunctionMode):
         active = step.routed.get(self.layer.index)
         if active is not None:
             positions = torch.where(step.on(p.device, active), positions, -1)
-        found = SlotProbabilities(p.gather(3, slots), positions, counted)
+        found = SlotProbabilities(p.gather(3, slots), positions, step.counted)
         if self.engine.recording:
             self.layer.pending.append(found)
         else:

@@ -57,6 +57,20 @@ class Part:
         return x.index_copy(0, self.rows, rows)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """The queries of a forward that a statistic counts: the ``last`` real ones of each row, 0 for all; ``keep``: the
+    factor of what earlier queries have left, ``idle``: that of rows without any new one."""
+
+    last: int
+    keep: float
+    idle: float = 1.0
+
+    def keep_of(self, asks: Tensor) -> Tensor | float:
+        """The factor for rows of which ``asks`` [R] bool says whether they have a new query: [R, 1, 1], or for all."""
+        return self.keep if self.keep == self.idle else torch.where(asks, self.keep, self.idle)[:, None, None]
+
+
 @dataclass
 class Step:
     """One forward of the model: which tokens it brings and where they stand.
@@ -81,6 +95,7 @@ class Step:
     repeats: Repeats | None = None  # the tensors here, and the stores, have one row of each kind until the step ends
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
     skipped: set[int] = field(default_factory=set)  # layers that no token runs
+    counted: Counted | None = None  # queries that the policy's statistic counts; None: none of them
     ready: bool = False  # the host has settled all that this forward changes: its layers only launch kernels
     wrote: list[Layer] = field(default_factory=list)  # of a ready step: the layers that have stored its tokens
     rewind: tuple[int, Tensor, Tensor | None] | None = None  # what was seen before the engine counted this forward

@@ -8,6 +8,9 @@ import re
 Budget = int | float | str
 """An int counts tokens, a float in (0, 1] is a share of the prompt, text such as ``"512MiB"`` is bytes of the cache."""
 
+#: What no number of entries and no position reaches: the budget of a head that keeps everything.
+FAR = 2**31 - 1
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 

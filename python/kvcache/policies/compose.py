@@ -37,7 +37,8 @@ class _Composite(Policy):
         if retention is not None:
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))
-            self.observed, self.generated = retention.observed, retention.generated
+            for name in ("observed", "generated"):
+                setattr(self, name, getattr(retention, name))
 
     @property
     def retains(self) -> bool:

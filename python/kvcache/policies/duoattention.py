@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from .base import Policy
-from .budget import Budget, check_budget, check_count
+from .budget import FAR, Budget, check_budget, check_count
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
 Heads = tuple[tuple[bool, ...], ...]
-_EVERYTHING = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,11 @@ class DuoAttention(Policy):
                     f"duoattention: heads[{layer.index}] has {len(row)} kv heads, layer {layer.index} of the model "
                     f"{layer.all_heads}"
                 )
-        return row[layer.first_head : layer.first_head + layer.heads]
+        return layer.own_heads_of(row[None])[0]
 
     def allocate(self, layer: LayerView) -> Tensor:
         streaming = self.sinks + self.allocate_recent(layer)
-        return torch.where(self.retrieval(layer), _EVERYTHING, streaming[:, None])
+        return torch.where(self.retrieval(layer), FAR, streaming[:, None])
 
     def allocate_recent(self, layer: LayerView) -> Tensor:
         return self._resolve(self.recent, layer).clamp(min=1)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .base import Policy
-from .budget import Budget, check_budget, check_count
+from .budget import Budget, check_count
+from .keeping import _Keeping
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
 
 @dataclass(frozen=True)
-class ExpectedAttention(Policy):
+class ExpectedAttention(_Keeping):
     """Keep the entries with the largest attention expected from the next queries, times ||v|| (arXiv 2510.00636;
     kvpress's ExpectedAttentionPress).
 
@@ -50,15 +50,8 @@ class ExpectedAttention(Policy):
     slack: int = 0
 
     def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
+        super().__post_init__()
         check_count("horizon", self.horizon, 1)
-        check_count("sinks", self.sinks)
-        check_budget("recent", self.recent, zero=True)
-        check_count("slack", self.slack)
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        return self.keep
 
     def observe(self, layer: LayerView, queries: Tensor, positions: Tensor) -> None:
         counts = (positions >= self.sinks)[:, None, :, None]

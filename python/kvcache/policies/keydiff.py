@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Policy
-from .budget import Budget, check_budget, check_count
+from .budget import Budget
+from .keeping import _Keeping
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
 
 @dataclass(frozen=True)
-class KeyDiff(Policy):
+class KeyDiff(_Keeping):
     """Keep the keys least similar to the mean of their head's keys (arXiv 2504.15364).
 
     score_i = -cos(k_i, m), where m is the mean of k_j / ||k_j|| over the entries that the kv head holds at that moment,
@@ -36,16 +36,6 @@ class KeyDiff(Policy):
     recent: Budget = 0
     _: KW_ONLY
     slack: int = 0
-
-    def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-        check_count("sinks", self.sinks)
-        check_budget("recent", self.recent, zero=True)
-        check_count("slack", self.slack)
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        return self.keep
 
     def score(self, layer: LayerView) -> Tensor:
         directions = torch.nn.functional.normalize(layer.keys().float(), dim=-1)  # dead slots are 0 and stay it

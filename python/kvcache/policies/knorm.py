@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Policy
-from .budget import Budget, check_budget, check_count
+from .budget import Budget
+from .keeping import _Keeping
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
 
 @dataclass(frozen=True)
-class KNorm(Policy):
+class KNorm(_Keeping):
     """Keep the entries whose keys have the smallest norm (arXiv 2406.11430): score = -||k||.
 
     Attention tends to go to keys of small norm, so the norm stands for what H2O measures, at no cost: it is taken once,
@@ -34,15 +34,6 @@ class KNorm(Policy):
     recent: Budget = 0
 
     columns: ClassVar[tuple[str, ...]] = ("negative_norm",)
-
-    def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-        check_count("sinks", self.sinks)
-        check_budget("recent", self.recent, zero=True)
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        return self.keep
 
     def append_columns(self, layer: LayerView, keys: Tensor, values: Tensor) -> Mapping[str, Tensor]:
         return {"negative_norm": -torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)}

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Policy
-from .budget import Budget, check_budget, check_count
+from .budget import Budget, check_count
+from .keeping import _Keeping
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
 
 @dataclass(frozen=True)
-class LagKV(Policy):
+class LagKV(_Keeping):
     """Keep the best of every ``lag`` tokens, seen from the ``lag`` tokens that follow them (arXiv 2504.04704).
 
     Behind the first ``sinks`` tokens every ``lag`` consecutive ones are a partition. Once the next partition is
@@ -47,19 +47,14 @@ class LagKV(Policy):
     columns: ClassVar[tuple[str, ...]] = ("place",)
 
     def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-        check_count("sinks", self.sinks)
-        check_count("lag", self.lag, 2)
+        check_count("lag", self.lag, 2)  # first: slack goes by it
+        super().__post_init__()
         if isinstance(self.keep, int) and self.keep < self._least:
             raise ValueError(f"keep must be at least sinks + 2 * lag - 1 = {self._least} tokens, got {self.keep}")
 
     @property
     def _least(self) -> int:
         return self.sinks + 2 * self.lag - 1
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        return self.keep
 
     @property
     def slack(self) -> int:  # type: ignore[override]

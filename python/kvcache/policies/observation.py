@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Policy
-from .budget import Budget, check_budget, check_count
+from .budget import FAR, Budget, check_count
+from .keeping import _Keeping
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
-_FAR = torch.iinfo(torch.int32).max
-
 
 @dataclass(frozen=True)
-class _ObservationWindow(Policy):
+class _ObservationWindow(_Keeping):
     """A prompt is compressed by what its last ``window`` queries attend to; the window itself stays.
 
     ``keep`` entries per kv head, the window among them; of a prompt whose budget is no larger than the window the
@@ -36,7 +34,7 @@ class _ObservationWindow(Policy):
     needs: ClassVar[frozenset[str]] = frozenset({"window_attention"})
 
     def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
+        super().__post_init__()
         check_count("window", self.window, 1)
         check_count("pool", self.pool, 1)
         if isinstance(self.keep, int) and self.keep <= self.window:
@@ -49,10 +47,6 @@ class _ObservationWindow(Policy):
             raise ValueError(f"pooling must be 'avg' or 'max', got {self.pooling!r}")
         if self.generated not in ("keep", "evict"):
             raise ValueError(f"generated must be 'keep' or 'evict', got {self.generated!r}")
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        return self.keep
 
     @property
     def observed(self) -> int:  # type: ignore[override]
@@ -74,7 +68,7 @@ class _ObservationWindow(Policy):
         live = slots < layer.counts[..., None]
         end = (layer.tokens - recent)[:, None, None]
         scores = torch.where(live & (layer.positions < end), layer.scores, 0.0)
-        order = torch.where(live, layer.positions, _FAR).argsort(dim=2)
+        order = torch.where(live, layer.positions, FAR).argsort(dim=2)
         scores = scores.gather(2, order)
         if self.pool > 1:
             shape, pad = scores.shape, self.pool // 2

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Policy
-from .budget import Budget, check_budget, check_count
+from .budget import Budget, check_count
+from .keeping import _Keeping
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -18,7 +18,7 @@ _MULTIPLIER = 0x9E3779B1  # odd, so that multiplication mod 2^32 permutes
 
 
 @dataclass(frozen=True)
-class RandomEviction(Policy):
+class RandomEviction(_Keeping):
     """Keep a uniformly random subset of each kv head's entries, the first ``sinks`` and the last ``recent`` for sure.
 
     The priority of an entry is a hash of (seed, layer, head, position), so that the outcome depends neither on the
@@ -37,14 +37,8 @@ class RandomEviction(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-        check_count("sinks", self.sinks)
-        check_budget("recent", self.recent, zero=True)
+        super().__post_init__()
         check_count("seed", self.seed)
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        return self.keep
 
     def score(self, layer: LayerView) -> Tensor:
         head = torch.arange(layer.heads, device=layer.positions.device)[None, :, None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import selection_cache
 from .base import Policy, Selection
-from .budget import check_count
+from .budget import FAR, check_count
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -116,7 +116,7 @@ class TokenSelect(Policy):
             return self._step(layer, queries, positions)
         end = positions.amax(1) + 1
         asks = end > 0  # the other rows bring nothing but padding here: they change nothing and read what they have
-        held = layer.entries_before(torch.where(asks, end, torch.iinfo(torch.int32).max))
+        held = layer.entries_before(torch.where(asks, end, FAR))
         # A row with no more than this reads all of it, also beside longer rows, and selects later.
         small = ~asks | (held <= self._most)
         if "index" not in state and bool(small.all()):

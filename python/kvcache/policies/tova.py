@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from .base import Policy
-from .budget import Budget, check_budget, check_count
+from .budget import Budget
+from .keeping import _Keeping
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
 
 @dataclass(frozen=True)
-class TOVA(Policy):
+class TOVA(_Keeping):
     """Keep the entries to which the newest query attends most (arXiv 2401.06104, section 3.2).
 
     The score of an entry is the attention probability given by the newest query alone, the mean over all query heads
@@ -33,15 +33,6 @@ class TOVA(Policy):
     recent: Budget = 0
 
     needs: ClassVar[frozenset[str]] = frozenset({"last_attention"})
-
-    def __post_init__(self) -> None:
-        check_budget("keep", self.keep)
-        check_count("sinks", self.sinks)
-        check_budget("recent", self.recent, zero=True)
-
-    @property
-    def budget(self) -> Budget:  # type: ignore[override]
-        return self.keep
 
     def score(self, layer: LayerView) -> Tensor:
         # Heads have the same number of query heads, and entries the same slots in each: means are ordered as sums.
