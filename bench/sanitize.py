@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+LEAST = 5.0  # seconds: no tool is begun with fewer
 FOUND = 9  # exit code of the sanitizer for an error of a kernel
 # Tens of thousands of rows, gigabytes, ten thousand launches: nothing that a few do not show to a checker.
 TOO_LONG = (
@@ -68,7 +69,7 @@ def main() -> int:
     end, failed = time.monotonic() + options.seconds, False
     for i, tool in enumerate(options.tools):
         seconds = (end - time.monotonic() - 5) / (len(options.tools) - i)
-        if seconds < 5:
+        if seconds < LEAST:
             print(f"{tool}: left out, the time was up", flush=True)
             continue
         log, text = options.logs / f"sanitizer-{tool}.log", options.logs / f"sanitizer-{tool}.txt"

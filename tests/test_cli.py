@@ -123,14 +123,28 @@ def test_demo_writes_table_report_and_plot(tmp_path):
 
 @needs_extras
 def test_eval_measures_budgets_and_a_policy_of_the_user(tmp_path):
-    done = kvcache("eval", "--quick", *FAST, "--policy", "h2o(heavy=0.2, recent=0.2)", "--out", str(tmp_path))
+    named = ("h2o(heavy=0.2, recent=0.2)", "snapkv", "h2o", "window", "tokenselect", "streamingllm")
+    own = [
+        "--compare",
+        "none",
+        *(x for name in named for x in ("--policy", name)),
+        "--task",
+        "passkey",
+        "text",
+        "turns",
+    ]
+    done = kvcache("eval", "--quick", *FAST, *own, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "report.json").read_text())
     budgets = {(row["name"], row["budget"]) for row in rows}
-    assert {("full", 1.0), ("h2o", 0.5), ("h2o", 0.125), ("window", 0.125), ("random", 0.5)} <= budgets
+    assert {("full", 1.0), ("h2o", 0.5), ("h2o", 0.125), ("window", 0.125), ("snapkv", 0.5)} <= budgets
+    assert {row["task"] for row in rows} == {"passkey", "text", "turns"}
+    assert all(len(row["by_turn"]) == 4 for row in rows if row["task"] == "turns")
     assert any(row["policy"] == "h2o(heavy=0.2, recent=0.2)" for row in rows)
     assert "TokenSelect keeps at least 95 %" in done.stdout
-    assert (tmp_path / "eval.png").stat().st_size > 10_000
+    for plot in ("eval.png", "bytes.png"):
+        assert (tmp_path / plot).stat().st_size > 10_000
+    assert "StreamingLLM" in (tmp_path / "report.html").read_text()
 
 
 @needs_extras

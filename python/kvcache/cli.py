@@ -18,8 +18,12 @@ answer and a table (answers right, bits per byte, bytes of cache held, decode ti
 and writes report.json and demo.png. Everything is measured in the run; nothing is downloaded; about a minute."""
 
 _EVAL = """\
-Quality of every policy at budgets of 1/2, 1/4, 1/8 and 1/16 of the context, against the full cache, a window without
-sinks and random eviction. Prints a table and writes report.json and plots. Nothing is downloaded."""
+Quality of policies at budgets of 1/2, 1/4, 1/8 and 1/16 of the context, side by side on the same questions and the same
+text: answers right with 95 % intervals, answers worse and better than the full cache's, bits per byte, bytes really
+held. Tasks are made by code and nothing is downloaded: the shipped byte-level model has passkey, recall, turns,
+two_hop, frequent_words, copy and text; any other model of transformers has tasks built like RULER's and InfiniteBench's
+(niah_*, vt, cwe, fwe, passkey, number_string, kv_retrieval) and text. Prints tables and writes report.json, eval.png,
+bytes.png and report.html; measured.jsonl has every result, from which --resume goes on."""
 
 _BENCH = """\
 Decode time of generate() behind a context, on models with random weights: kvcache's policies against transformers'
@@ -89,16 +93,31 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("eval", "quality of every policy at four budgets", _EVAL)
     shared(evaluate, "eval")
     evaluate.add_argument("--quick", action="store_true", help="two budgets, a third of the samples")
-    evaluate.add_argument("--length", type=_positive, default=1024, help="tokens of context (%(default)s)")
-    evaluate.add_argument("--samples", type=_positive, help="questions per task (96; 32 with --quick)")
-    evaluate.add_argument("--windows", type=_positive, help="windows of text (64; 16 with --quick)")
+    evaluate.add_argument(
+        "--length", type=_positive, default=1024, help="tokens of context, with the answer for models of your own "
+        "(%(default)s)",
+    )  # fmt: skip
+    evaluate.add_argument("--task", nargs="+", default=[], metavar="NAME",
+                          help="tasks (passkey recall text; other models: niah_single_2 niah_multikey_3 niah_turns vt "
+                          "fwe text)")  # fmt: skip
+    evaluate.add_argument("--compare", choices=("usual", "all", "none"), default="usual",
+                          help="policies at every budget: the demo's and the baselines, every one that needs no "
+                          "calibration, or only the full cache (%(default)s)")  # fmt: skip
+    evaluate.add_argument("--samples", type=_positive, help="questions per task and seed (96; 32 with --quick)")
+    evaluate.add_argument("--windows", type=_positive, help="windows of text per seed (64; 16 with --quick)")
+    evaluate.add_argument("--seeds", type=_positive, default=1, metavar="N", help="seeds from --seed on (%(default)s)")
     evaluate.add_argument("--protocol", choices=("agnostic", "aware"), default="agnostic",
                           help="compress before the question is seen, or with it (%(default)s)")  # fmt: skip
+    evaluate.add_argument("--model", metavar="NAME", help="any causal LM of transformers: a folder, or a name on the "
+                          "hub; one made by kvcache.evaluation.train has the shipped one's tasks")  # fmt: skip
+    evaluate.add_argument("--chat", action="store_true", help="through the tokenizer's chat template")
+    evaluate.add_argument("--device", default="cpu", help="where the model runs (%(default)s)")
     evaluate.add_argument(
-        "--model", metavar="FOLDER", help="another byte-level model, made by kvcache.evaluation.train"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and cache (as stored)"
     )
-    evaluate.add_argument("--policy", action="append", metavar="TEXT",
-                          help="evaluate this policy text next to the others; may be repeated")  # fmt: skip
+    evaluate.add_argument("--policy", action="append", metavar="TEXT", help="evaluate this next to the others, may be "
+                          "repeated: a policy's text, or a name such as snapkv for it at every budget")  # fmt: skip
+    evaluate.add_argument("--resume", action="store_true", help="go on with the results in FOLDER/measured.jsonl")
 
     bench = add("bench", "decode time of generate() against other caches", _BENCH)
     shared(bench, "bench")
@@ -167,7 +186,9 @@ def _demo(o: argparse.Namespace) -> None:
 
 
 def _eval(o: argparse.Namespace) -> None:
-    from .evaluation.table import run
+    import torch
+
+    from .evaluation.evaluate import run
 
     run(
         o.out,
@@ -177,8 +198,15 @@ def _eval(o: argparse.Namespace) -> None:
         windows=o.windows,
         protocol=o.protocol,
         seed=o.seed,
+        seeds=o.seeds,
         folder=o.model,
+        names=tuple(o.task),
+        compare=o.compare,
         policies=tuple(o.policy or ()),
+        chat=o.chat,
+        device=o.device,
+        dtype=None if o.dtype is None else getattr(torch, o.dtype),
+        resume=o.resume,
     )
 
 

@@ -5,10 +5,10 @@ import pytest
 import kvcache
 from kvcache.evaluation.contenders import contender
 from kvcache.evaluation.loading import load_model
+from kvcache.evaluation.measured import Measured, claims
 from kvcache.evaluation.suite import draw_examples, draw_windows, generate_answers, text_bits
-from kvcache.evaluation.table import Measured, claims
 
-LENGTH, SAMPLES, WINDOWS = 1024, 40, 24
+LENGTH, SAMPLES, WINDOWS = 1024, 32, 16
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,10 @@ def passkey(model):
 @pytest.fixture(scope="module")
 def text(model):
     windows = draw_windows(LENGTH, WINDOWS)
-    return {n: text_bits(model, policy(n), windows) for n in ("streamingllm", "window", "h2o", "random")}
+    return {
+        n: text_bits(model, policy(n), windows, prefix=LENGTH * 3 // 4)
+        for n in ("streamingllm", "window", "h2o", "random")
+    }
 
 
 def test_the_model_finds_passkeys(passkey):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvcache
-from kvcache.evaluation.contenders import BASELINES, DEMO, contender, contenders
+from kvcache.evaluation.contenders import ALL, DEMO, contender, contenders
 from kvcache.evaluation.loading import load_model, load_tokenizer
 from kvcache.evaluation.rows import Row, write_report
 from kvcache.evaluation.suite import (
@@ -41,7 +41,7 @@ def test_wilson_against_known_values():
     assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
-@pytest.mark.parametrize("name", [*DEMO, *BASELINES])
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("share", [1 / 2, 1 / 16])
 def test_contenders_are_policies_within_their_budget(name, share):
     c = contender(name, 1024, share, 4)
@@ -50,10 +50,13 @@ def test_contenders_are_policies_within_their_budget(name, share):
     if name == "tokenselect":
         assert policy.k + policy.sinks + policy.local == 1024 * share
         assert policy.chunk <= policy.local
-    if name == "h2o":
+    elif name == "h2o":
         assert policy.heavy + policy.recent == 1024 * share
-    if name in ("streamingllm", "window"):
+    elif name in ("streamingllm", "window"):
         assert policy.sinks + policy.window == 1024 * share
+    elif name not in ("full", "skipdecode", "tokenselect"):
+        assert policy.budget == 1024 * share
+        assert policy.generated == "evict"
 
 
 def test_what_has_no_budget_is_measured_once():
@@ -67,8 +70,8 @@ def test_what_has_no_budget_is_measured_once():
 def test_the_tokenizer_reads_and_writes_what_the_tasks_do():
     tokenizer = load_tokenizer()
     example = draw_examples("passkey", LENGTH, 1)[0]
-    assert tokenizer(example.prompt_text)["input_ids"] == example.prompt.tolist()
-    assert tokenizer.decode(example.answer) == example.answer_text == decode(example.answer)
+    assert tokenizer(decode(example.prompt[1:]))["input_ids"] == example.prompt.tolist()
+    assert tokenizer.decode(example.answer) == decode(example.answer)
 
 
 def test_samples_depend_on_the_seed_alone():
@@ -86,8 +89,8 @@ def test_full_answers_are_those_of_the_unwrapped_model(plain, wrapped):
     want = plain.generate(
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, min_new_tokens=5, do_sample=False
     )
-    assert np.array_equal(got.tokens, want[:, LENGTH:].numpy())
-    assert got.right.tolist() == [np.array_equal(t, e.answer) for t, e in zip(got.tokens, examples)]
+    assert np.array_equal(np.array(got.tokens)[:, 0], want[:, LENGTH:].numpy())
+    assert got.scores.tolist() == [[float(np.array_equal(t, e.answer))] for (t,), e in zip(got.tokens, examples)]
     context = examples[0].question_start
     assert got.held.read == context
     config = plain.config
@@ -115,6 +118,36 @@ def test_the_aware_protocol_compresses_the_question_too(wrapped):
     assert np.array_equal(aware.tokens, agnostic.tokens)
     with pytest.raises(ValueError, match="protocol must be one of"):
         generate_answers(wrapped, "full", examples, protocol="clairvoyant")
+
+
+def test_turns_go_on_with_the_compressed_cache(plain, wrapped):
+    """Four questions about one context, each read with the answers before it: as one dense model says them."""
+    examples = draw_examples("turns", LENGTH, 3)
+    got = generate_answers(wrapped, "full", examples)
+    assert got.scores.shape == (3, 4)
+    for example, said in zip(examples, got.tokens):
+        ids = torch.zeros((1, 0), dtype=torch.int64)
+        for turn, answer in zip(example.turns, said):
+            ids = torch.cat([ids, torch.from_numpy(turn.prompt)[None]], 1)
+            ids = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, min_new_tokens=5)
+            assert np.array_equal(ids[0, -5:].numpy(), answer)
+    assert decode(examples[0].later[0].prompt)[0] == "?"
+    few = generate_answers(wrapped, "streamingllm(sinks=2, window=14)", examples)
+    assert few.held.read == 16
+    assert few.scores.mean() < got.scores.mean()
+    assert sum(few.flips(got)) <= 12
+    assert few.flips(got)[0] == int((few.scores < got.scores).sum()) > 0
+    assert got.flips(got) == (0, 0)
+
+
+def test_results_of_several_seeds_are_joined(wrapped):
+    parts = [generate_answers(wrapped, "full", draw_examples("passkey", LENGTH, 2, seed)) for seed in (0, 1)]
+    both = parts[0].joined(parts[1:])
+    assert both.scores.tolist() == parts[0].scores.tolist() + parts[1].scores.tolist()
+    assert both.held.sequences == 4
+    assert both.held.nbytes == parts[0].held.nbytes
+    bits = [text_bits(wrapped, "full", draw_windows(96, 2, seed)) for seed in (0, 1)]
+    assert bits[0].joined(bits[1:]).mean == pytest.approx((bits[0].mean + bits[1].mean) / 2)
 
 
 def test_bits_per_byte_are_those_of_one_dense_forward(plain, wrapped):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BASELINES", "DEMO", "SINKS", "Contender", "contender", "contenders", "label"]
+__all__ = ["ALL", "BASELINES", "DEMO", "SINKS", "Contender", "contender", "contenders", "label"]
 
 #: First tokens that are protected where a policy protects any; StreamingLLM's number.
 SINKS = 4
@@ -17,6 +17,9 @@ CHUNK = 4
 RANDOM_RECENT = 16
 #: What ``kvcache eval`` adds: the comparisons of the papers.
 BASELINES = ("window", "random")
+#: What ``kvcache eval --compare all`` adds.
+NEIGHBOURS = ("tova", "snapkv", "pyramidkv", "adakv", "knorm", "keydiff", "lagkv", "expectedattention")
+ALL = (*DEMO, *BASELINES, *NEIGHBOURS)
 #: Independent of the budget: nothing is evicted or selected.
 UNBUDGETED = ("full", "skipdecode")
 
@@ -39,6 +42,14 @@ _LABELS = {
     "skipdecode": "SkipDecode",
     "window": "Window, no sinks",
     "random": "Random eviction",
+    "tova": "TOVA",
+    "snapkv": "SnapKV",
+    "pyramidkv": "PyramidKV",
+    "adakv": "AdaKV",
+    "knorm": "KNorm",
+    "keydiff": "KeyDiff",
+    "lagkv": "LagKV",
+    "expectedattention": "ExpectedAttention",
 }
 
 
@@ -47,10 +58,12 @@ def contender(name: str, length: int, share: float, layers: int) -> Contender:
 
     Random eviction protects the sinks and a few recent tokens; without them it would lose to anything.
     TokenSelect's k and local stand about as the paper's defaults do. SkipDecode has no token budget: it runs three
-    quarters of the layers at the end of the context.
+    quarters of the layers at the end of the context. Policies that compress prompts only, by their papers, are held to
+    the budget while decoding, too.
     """
     budget = max(round(length * share), 2 * SINKS + 2)
     half, local = budget // 2, budget // 4
+    window = f"keep={budget}, window={min(32, local)}, generated='evict'"
     texts = {
         "full": "full",
         "streamingllm": f"streamingllm(sinks={SINKS}, window={budget - SINKS})",
@@ -61,6 +74,14 @@ def contender(name: str, length: int, share: float, layers: int) -> Contender:
         "skipdecode": f"skipdecode(min_layers={max(1, layers * 3 // 4)}, max_layers={layers}, horizon={length})",
         "window": f"streamingllm(sinks=0, window={budget})",
         "random": f"randomeviction(keep={budget}, sinks={SINKS}, recent={min(RANDOM_RECENT, half)})",
+        "tova": f"tova(keep={budget})",
+        "snapkv": f"snapkv({window})",
+        "pyramidkv": f"pyramidkv({window})",
+        "adakv": f"adakv({window})",
+        "knorm": f"knorm(keep={budget})",
+        "keydiff": f"keydiff(keep={budget})",
+        "lagkv": f"lagkv(keep={budget}, sinks={SINKS}, lag={min(128, local)})",
+        "expectedattention": f"expectedattention(keep={budget}, sinks={SINKS})",
     }
     if name not in texts:
         raise ValueError(f"unknown contender {name!r}; one of {', '.join(texts)}")

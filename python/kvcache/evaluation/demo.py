@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..report import human_bytes
 from ..wrap import wrap
 from .console import console, require_extras, table, ticking
 from .contenders import DEMO, Contender, contender
+from .examples import Example
 from .loading import load_model, load_tokenizer
+from .measured import Measured
 from .rows import Row, machine, write_report
 from .suite import (
-    BATCH,
     Answers,
     Bits,
     Timing,
@@ -31,8 +33,7 @@ from .suite import (
     share_weights,
     text_bits,
 )
-from .table import QUESTIONS, Measured
-from .tasks import Example
+from .tasks import decode
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,8 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["Results", "run"]
 
 ROUNDS = 9
-#: A round of timing, in batches of questions, for the progress bar.
-ROUND_TICKS = 0.25
+QUESTIONS = ("passkey", "recall")
+#: A round of timing, in questions, for the progress bar.
+ROUND_TICKS = 4.0
 
 
 @dataclass
@@ -98,7 +100,7 @@ def run(
     screen = console()
     began = time.perf_counter()
     with screen.status("Loading the model and Python's documentation as text") if screen.is_terminal else _Quiet():
-        plain = load_model(folder)
+        plain = load_model(folder, torch.float32)
         tokenizer = load_tokenizer(folder)
         wrapped = wrap(share_weights(plain))
         examples = {task: draw_examples(task, length, samples, seed) for task in QUESTIONS}
@@ -107,9 +109,7 @@ def run(
     compared = [contender(name, length, share, layers) for name in DEMO]
     _introduce(screen, plain, length, share, samples, windows)
 
-    batches = -(-samples // BATCH)
-    text_ticks = -(-windows // BATCH) * (length // 2 // 64)
-    total = len(compared) * (2 * batches + text_ticks) + (ROUNDS + 1) * ROUND_TICKS
+    total = len(compared) * (len(QUESTIONS) * samples + windows) + (ROUNDS + 1) * ROUND_TICKS
     answers: dict[tuple[str, str], Answers] = {}
     bits: dict[str, Bits] = {}
     with ticking(screen, total) as progress:
@@ -126,7 +126,7 @@ def run(
             [c.policy for c in compared],
             examples["passkey"][0].prompt,
             rounds=ROUNDS,
-            tick=lambda: progress.tick(ROUND_TICKS),
+            tick=lambda rounds: progress.tick(rounds * ROUND_TICKS),
         )
     which = _typical(answers)
     results = Results(
@@ -135,7 +135,7 @@ def run(
         bits,
         times,
         examples["passkey"][which],
-        {c.name: tokenizer.decode(answers["passkey", c.name].tokens[which]) for c in compared},
+        {c.name: tokenizer.decode(answers["passkey", c.name].tokens[which][0]) for c in compared},
         length,
         time.perf_counter() - began,
     )
@@ -158,7 +158,7 @@ class _Quiet:
 def _typical(answers: dict[tuple[str, str], Answers]) -> int:
     """Index of the passkey question to show: the first on which most policies do what they do on most questions."""
     agreement = sum(
-        (a.right == (a.accuracy >= 0.5)).astype(int) for (task, _), a in answers.items() if task == "passkey"
+        (a.scores[:, 0] == (a.accuracy >= 0.5)).astype(int) for (task, _), a in answers.items() if task == "passkey"
     )
     return int(np.argmax(agreement))
 
@@ -184,10 +184,11 @@ def _show_prompt(screen: Console, results: Results) -> None:
     from rich.text import Text
 
     example = results.shown
-    question = example.prompt_text[example.question_start - 1 :]
-    key, value = question[1:-1], example.answer_text[:-1]
+    prompt, expected = decode(example.prompt[1:]), decode(example.answer)
+    question = prompt[example.question_start - 1 :]
+    key, value = question[1:-1], expected[:-1]
     needle = f"#{key}:{value};"
-    context = example.prompt_text[: example.question_start - 1]
+    context = prompt[: example.question_start - 1]
     at = context.find(needle)
     around = context[max(0, at - 90) : at], context[at + len(needle) : at + len(needle) + 90]
     before, after = (re.sub(r"\s+", " ", part) for part in around)
@@ -204,7 +205,7 @@ def _show_prompt(screen: Console, results: Results) -> None:
     screen.print(line)
     for c in results.contenders:
         said = results.shown_answers[c.name].removesuffix(";").encode("unicode_escape").decode().replace(" ", "·")
-        right = results.shown_answers[c.name] == example.answer_text
+        right = results.shown_answers[c.name] == expected
         answer = Text(f"  {c.label:<14}")
         answer.append(f"{said} {'✓' if right else '✗'}", "bold green" if right else "bold red")
         screen.print(answer)
@@ -241,7 +242,7 @@ def _show_table(screen: Console, results: Results, share: float) -> None:
             f"{t.ratio:.2f}",
         )
     screen.print(grid)
-    n = len(results.answers["passkey", "full"].right)
+    n = len(results.answers["passkey", "full"].scores)
     notes = [
         f"right: share of {n} questions answered in every byte (report.json and the plot have 95 % intervals).",
         "bits/byte: lower is better; second half of each window, decoded byte by byte through the cache.",

@@ -23,16 +23,18 @@ def shipped_folder() -> Path:
     return folder
 
 
-def load_model(folder: str | Path | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The byte-level model in ``folder`` (default: the shipped one) for inference.
+def load_model(folder: str | Path | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The causal LM in ``folder``, or of that name, for inference; default: the shipped byte-level one.
 
-    Stored in bfloat16, computed in float32: many CPUs have no fast bfloat16 arithmetic.
+    ``dtype`` None: as stored, but the shipped model in float32: many CPUs have no fast bfloat16 arithmetic.
     """
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder or shipped_folder()), dtype=dtype, local_files_only=True
+            str(folder or shipped_folder()),
+            dtype=dtype or ("auto" if folder else torch.float32),
+            local_files_only=not folder or Path(folder).exists(),
         )
     finally:
         if bar:
@@ -41,5 +43,7 @@ def load_model(folder: str | Path | None = None, dtype: torch.dtype = torch.floa
 
 
 def load_tokenizer(folder: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The byte-level tokenizer that belongs to :func:`load_model`."""
-    return AutoTokenizer.from_pretrained(str(folder or shipped_folder()), local_files_only=True)
+    """The tokenizer that belongs to :func:`load_model`."""
+    return AutoTokenizer.from_pretrained(
+        str(folder or shipped_folder()), local_files_only=not folder or Path(folder).exists()
+    )

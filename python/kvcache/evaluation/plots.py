@@ -9,7 +9,7 @@ from typing import Any
 from .contenders import label
 from .rows import Row
 
-__all__ = ["plot_budgets", "plot_contexts", "plot_demo"]
+__all__ = ["plot_budgets", "plot_bytes", "plot_contexts", "plot_demo", "task_title"]
 
 # Okabe and Ito's palette: told apart by everyone; the markers differ as well.
 STYLE: dict[str, tuple[str, str]] = {
@@ -21,7 +21,30 @@ STYLE: dict[str, tuple[str, str]] = {
     "window": ("#D55E00", "P"),
     "random": ("#8C8C8C", "X"),
 }
-TITLES = {"passkey": "Passkey in text", "recall": "Multi-query recall", "text": "Running text"}
+TITLES = {
+    "passkey": "Passkey in text",
+    "recall": "Multi-query recall",
+    "turns": "Four passkeys, one a turn",
+    "two_hop": "Two hops",
+    "frequent_words": "Most frequent word",
+    "copy": "Copying 64 bytes",
+    "text": "Running text",
+}
+# Policies beyond the palette: Tol's muted colours and more markers, in the order in which they are met.
+MORE = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#CC6677", "#882255", "#AA4499", "#661100", "#6699CC")
+MARKERS = "<>phdHv8*X"
+
+
+def task_title(task: str) -> str:
+    """The name for people of a task."""
+    return TITLES.get(task, task)
+
+
+def _styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every name."""
+    others = [name for name in names if name not in STYLE]
+    more = {name: (MORE[i % len(MORE)], MARKERS[i * 7 % len(MARKERS)]) for i, name in enumerate(others)}
+    return {name: STYLE.get(name) or more[name] for name in names}
 
 
 def figure(columns: int, width: float = 4.1, height: float = 3.9) -> tuple[Any, Any]:
@@ -54,16 +77,10 @@ def plot_demo(rows: Sequence[Row], path: Path) -> Path:
         points = [r for r in rows if r.task == task]
         for row, x in zip(points, _spread([(r.nbytes or 0) / 2**20 for r in points])):
             _point(ax, row, x)
-        ax.set_title(TITLES[task])
         ax.set_xlabel("cache held per sequence, MiB")
         ax.set_xlim(left=0)
         ax.margins(x=0.12, y=0.15)
-        if task == "text":
-            ax.set_ylabel("bits per byte (lower is better)")
-            _leave_out_far(ax, points)
-        else:
-            ax.set_ylabel("answers right, % (with 95 % interval)")
-            ax.set_ylim(-4, 104)
+        _quality(ax, task, points)
     first = rows[0]
     share = next((r.budget for r in rows if r.budget not in (None, 1.0)), 1.0)
     title = f"Quality against cache bytes: context {first.length:,} tokens, budget 1/{round(1 / (share or 1))}"
@@ -128,13 +145,14 @@ def _finish(fig: Any, ax: Any, title: str, path: Path, columns: int = 7) -> Path
 
 def plot_budgets(rows: Sequence[Row], path: Path) -> Path:
     """Quality of every policy against its budget, one panel a task; what has no budget is a horizontal line."""
-    tasks = ("passkey", "recall", "text")
+    tasks = list(dict.fromkeys(r.task for r in rows))
     fig, axes = figure(len(tasks))
+    styles = _styles(list(dict.fromkeys(r.name for r in rows)))
     for ax, task in zip(axes[0], tasks):
         mine = [r for r in rows if r.task == task and r.budget is not None]
         for name in dict.fromkeys(r.name for r in mine):
             line = sorted((r for r in mine if r.name == name), key=lambda r: r.budget or 0)
-            colour, marker = STYLE.get(name, ("#56B4E9", "*"))
+            colour, marker = styles[name]
             if len(line) == 1 and line[0].budget == 1.0:
                 y = line[0].accuracy * 100 if line[0].accuracy is not None else line[0].bits_per_byte or 0.0
                 ax.axhline(y, color=colour, linewidth=1.2, linestyle="--", label=label(name))
@@ -150,15 +168,49 @@ def plot_budgets(rows: Sequence[Row], path: Path) -> Path:
         ax.set_xscale("log", base=2)
         ax.set_xticks(shares, [f"1/{round(1 / x)}" for x in shares])
         ax.minorticks_off()
-        ax.set_title(TITLES[task])
         ax.set_xlabel("budget: share of the context kept or read")
-        if task == "text":
-            ax.set_ylabel("bits per byte (lower is better)")
-            _leave_out_far(ax, mine)
-        else:
-            ax.set_ylabel("answers right, % (with 95 % interval)")
-            ax.set_ylim(-4, 104)
+        _quality(ax, task, mine)
     return _finish(fig, axes[0][0], f"Quality against budget, context {rows[0].length:,} tokens", path)
+
+
+def plot_bytes(rows: Sequence[Row], path: Path) -> Path:
+    """Quality against the bytes really held, as a share of a dense cache's: one panel a task, one line a policy.
+
+    Policies that select hold everything: their line stands at 100 %, and what they read is in :func:`plot_budgets`.
+    """
+    tasks = list(dict.fromkeys(r.task for r in rows))
+    fig, axes = figure(len(tasks))
+    styles = _styles(list(dict.fromkeys(r.name for r in rows)))
+    for ax, task in zip(axes[0], tasks):
+        mine = [r for r in rows if r.task == task and r.nbytes and r.full_nbytes]
+        for name, (colour, marker) in styles.items():
+            line = sorted((r for r in mine if r.name == name), key=_share_held)
+            xs = [_share_held(r) * 100 for r in line]
+            ys = [r.accuracy * 100 if r.accuracy is not None else r.bits_per_byte for r in line]
+            if line:
+                ax.plot(xs, ys, color=colour, marker=marker, markersize=6, linewidth=1.4, label=label(name))
+        ax.set_xscale("log", base=2)
+        ticks = (6.25, 12.5, 25, 50, 100)
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        ax.minorticks_off()
+        ax.set_xlabel("bytes held, % of a dense cache")
+        _quality(ax, task, mine)
+    return _finish(fig, axes[0][0], f"Quality against bytes really held, context {rows[0].length:,} tokens", path)
+
+
+def _share_held(row: Row) -> float:
+    return (row.nbytes or 0) / (row.full_nbytes or 1)
+
+
+def _quality(ax: Any, task: str, rows: Sequence[Row]) -> None:
+    """Title and the axis of accuracy or of bits per byte."""
+    ax.set_title(task_title(task))
+    if task == "text":
+        ax.set_ylabel("bits per byte (lower is better)")
+        _leave_out_far(ax, rows)
+    else:
+        ax.set_ylabel("answers right, % (with 95 % interval)")
+        ax.set_ylim(-4, 104)
 
 
 # Other libraries' caches: grey and brown tones, beside the policies' colours.

@@ -2,8 +2,9 @@
 
 Two protocols for questions about a context. *Agnostic*: the cache is compressed to the policy's budget before the
 question is seen, the hard and honest case of a cache that serves many questions. *Aware*: the question, but for its
-last byte, is part of what is compressed. Both then generate greedily and count an answer only when every byte is right.
-Text is decoded byte by byte through the cache, each byte given as it is, so that eviction happens at every step.
+last token, is part of what is compressed. Both then generate greedily. Further turns go on with the same cache, which
+is compressed again, as a prompt is, when each question has been read. Text is decoded token by token through the cache,
+each one given as it is, so that eviction happens at every step.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 import numpy as np
@@ -24,7 +25,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..attention import CACHE
 from ..cache import KVCache
-from .tasks import Corpus, Example, TaskGenerator
+from .examples import Example
+from .tasks import Corpus, TaskGenerator, decode
 
 __all__ = [
     "PROTOCOLS",
@@ -44,11 +46,11 @@ PROTOCOLS = ("agnostic", "aware")
 #: Rows that go through the model together: enough to use the machine, few enough for a laptop's memory.
 BATCH = 16
 
-Tick = Callable[[], object]
+Tick = Callable[[float], object]
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
-def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a proportion (95 % for the default ``z``); (0, 1) without samples."""
     if total == 0:
         return 0.0, 1.0
@@ -66,6 +68,9 @@ class Held:
     total_nbytes: int = 0
     total_full_nbytes: int = 0
     total_read: float = 0.0
+
+    def __add__(self, other: Held) -> Held:
+        return Held(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def add(self, cache: KVCache, rows: int) -> None:
         self.sequences += rows
@@ -104,19 +109,33 @@ def entries_read(cache: KVCache) -> float:
 
 @dataclass
 class Answers:
-    """Generated answers: int64 ``[examples, answer]`` and which are right in every byte: bool ``[examples]``."""
+    """Generated answers, int64, a list for each example with one a turn; ``scores`` float64 ``[examples, turns]``: how
+    much of each is right, 0 to 1 (:meth:`Example.score`)."""
 
-    tokens: np.ndarray
-    right: np.ndarray
+    tokens: list[list[np.ndarray]]
+    scores: np.ndarray
     held: Held
 
     @property
     def accuracy(self) -> float:
-        return float(self.right.mean())
+        """Mean score of all answers."""
+        return float(self.scores.mean())
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(int(self.right.sum()), len(self.right))
+        """95 % interval of :attr:`accuracy`, as if every answer were right or wrong: scores between vary less. Turns of
+        one example are no independent samples, so that only examples count."""
+        return wilson(self.accuracy * len(self.scores), len(self.scores))
+
+    def joined(self, others: Sequence[Answers]) -> Answers:
+        """These answers and ``others``, to other questions of the task, as one."""
+        every = (self, *others)
+        tokens = [said for a in every for said in a.tokens]
+        return Answers(tokens, np.concatenate([a.scores for a in every]), sum((a.held for a in others), self.held))
+
+    def flips(self, full: Answers) -> tuple[int, int]:
+        """Answers to the same questions that are (worse, better) than those of the ``full`` cache."""
+        return int((self.scores < full.scores).sum()), int((self.scores > full.scores).sum())
 
 
 def draw_examples(task: str, length: int, samples: int, seed: int = 0) -> list[Example]:
@@ -133,45 +152,66 @@ def generate_answers(
     *,
     protocol: str = "agnostic",
     batch: int = BATCH,
+    read: Callable[[np.ndarray], str] = decode,
     tick: Tick | None = None,
 ) -> Answers:
     """Answers of a wrapped ``model`` under ``policy``; ``held`` is what the cache holds when the context is compressed.
 
-    ``tick`` is called after every batch.
+    ``batch``: examples of one shape that go through the model together. ``read`` makes text of tokens. ``tick`` is
+    called with the number of examples after every batch.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
-    answers, right, held = [], [], Held()
+    answers: list[list[np.ndarray]] = [[] for _ in examples]
+    held = Held()
     for rows in _batches(examples, batch):
-        prompts = torch.from_numpy(np.stack([e.prompt for e in rows]))
-        wanted = np.stack([e.answer for e in rows])
-        context = rows[0].question_start if protocol == "agnostic" else prompts.shape[1] - 1
+        some = [examples[i] for i in rows]
+        prompts = _stacked([e.prompt for e in some], model)
+        context = some[0].question_start if protocol == "agnostic" else prompts.shape[1] - 1
         context = min(context, prompts.shape[1] - 1)  # generate() needs a token to go on from
         cache = KVCache(model, policy)
         model(prompts[:, :context], **{CACHE: cache}, logits_to_keep=1)
         held.add(cache, len(rows))
-        # A real attention mask keeps generate() from guessing one; every column is real.
-        out = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            **{CACHE: cache},
-            max_new_tokens=wanted.shape[1],
-            min_new_tokens=wanted.shape[1],
-            do_sample=False,
-        )
-        said = out[:, prompts.shape[1] :].numpy()
-        answers.append(said)
-        right.append((said == wanted).all(1))
+        for turn in range(len(some[0].turns)):
+            if turn:
+                prompts = torch.cat([prompts, _stacked([e.turns[turn].prompt for e in some], model)], 1)
+            new = some[0].turns[turn].new_tokens
+            out = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),  # else generate() guesses one; every column is real
+                **{CACHE: cache},
+                max_new_tokens=new,
+                min_new_tokens=None if some[0].references else new,
+                pad_token_id=_padding(model),
+                do_sample=False,
+            )
+            for i, said in zip(rows, out[:, prompts.shape[1] :].cpu().numpy()):
+                answers[i].append(said)
+            prompts = out
         if tick is not None:
-            tick()
-    return Answers(np.concatenate(answers), np.concatenate(right), held)
+            tick(len(rows))
+    scores = [[t.score(x, read(x)) for t, x in zip(e.turns, said)] for e, said in zip(examples, answers)]
+    return Answers(answers, np.array(scores), held)
 
 
-def _batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
-    """Examples in order, at most ``size`` together, all of one shape."""
-    groups: dict[tuple[int, int, int], list[Example]] = {}
-    for e in examples:
-        groups.setdefault((len(e.prompt), len(e.answer), e.question_start), []).append(e)
+def _stacked(rows: list[np.ndarray], model: PreTrainedModel) -> Tensor:
+    return torch.from_numpy(np.stack(rows)).to(model.device)
+
+
+def _padding(model: PreTrainedModel) -> int | None:
+    """What fills rows that end early; generate() would warn that it takes this itself."""
+    settings = model.generation_config
+    eos = settings.eos_token_id
+    first = eos[0] if isinstance(eos, list) else eos
+    return first if settings.pad_token_id is None else settings.pad_token_id
+
+
+def _batches(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """Indices of examples in order, at most ``size`` together, all of one shape."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, e in enumerate(examples):
+        # Rows that end a turn early would go into the next one with padding behind their answer.
+        groups.setdefault(i if e.references and e.later else e.shape, []).append(i)
     return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
 
 
@@ -184,6 +224,11 @@ class Bits:
 
     windows: np.ndarray
     held: Held
+
+    def joined(self, others: Sequence[Bits]) -> Bits:
+        """These windows and those of ``others`` as one."""
+        windows = np.concatenate([self.windows, *(b.windows for b in others)])
+        return Bits(windows, sum((b.held for b in others), self.held))
 
     @property
     def mean(self) -> float:
@@ -210,30 +255,33 @@ def text_bits(
     windows: np.ndarray,
     *,
     prefix: int | None = None,
+    sizes: np.ndarray | None = None,
     batch: int = BATCH,
     tick: Tick | None = None,
 ) -> Bits:
-    """Bits per byte of the bytes behind ``prefix`` (default: half the window), each predicted from the cache.
+    """Bits per byte of the tokens behind ``prefix`` (default: half the window), each predicted from the cache.
 
-    ``windows`` int64 ``[windows, length]``. The prefix is one prompt; then every byte is one decode step.
-    ``tick`` is called about every 64 steps.
+    ``windows`` int64 ``[windows, length]``; ``sizes`` ``[windows]``: bytes behind the prefix (default: one a token).
+    The prefix is one prompt; then every token is one decode step. ``tick`` is called with the windows, or parts of
+    them, that are done.
     """
     length = windows.shape[1]
     prefix = length // 2 if prefix is None else prefix
     bits, held = [], Held()
     for start in range(0, len(windows), batch):
-        tokens = torch.from_numpy(windows[start : start + batch])
+        tokens = torch.from_numpy(windows[start : start + batch]).to(model.device)
         cache = KVCache(model, policy)
         logits = model(tokens[:, :prefix], **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
-        loss = torch.zeros(len(tokens), dtype=torch.float64)
+        loss = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         for i in range(prefix, length):
             loss += F.cross_entropy(logits.float(), tokens[:, i], reduction="none").double()
             if i + 1 < length:
                 logits = model(tokens[:, i : i + 1], **{CACHE: cache}).logits[:, -1]
             if tick is not None and (i - prefix) % 64 == 63:
-                tick()
+                tick(len(tokens) * 64 / (length - prefix))
         held.add(cache, len(tokens))
-        bits.append((loss / math.log(2) / (length - prefix)).numpy())
+        size = length - prefix if sizes is None else sizes[start : start + batch]
+        bits.append((loss / math.log(2)).cpu().numpy() / size)
     return Bits(np.concatenate(bits), held)
 
 
@@ -274,7 +322,7 @@ def decode_times(
     rounds, so that a disturbance on the machine hits single rounds and not single contenders; one thread is timed by
     its processor time, which other processes disturb less.
     """
-    tokens = torch.from_numpy(context)[None]
+    tokens = torch.from_numpy(context)[None].to(plain.device)
     contenders: list[tuple[str, PreTrainedModel, DynamicCache | KVCache]] = [
         ("DynamicCache", plain, DynamicCache(config=plain.config)),
         *((p, wrapped, KVCache(wrapped, p)) for p in policies),
@@ -294,7 +342,7 @@ def decode_times(
             if r:  # the first round warms up
                 spent[name].append(statistics.median(times) * 1e3)
         if tick is not None:
-            tick()
+            tick(1)
     base = spent["DynamicCache"]
     return {
         name: Timing(statistics.median(ms), statistics.median(a / b for a, b in zip(ms, base)), rounds * steps, ms)

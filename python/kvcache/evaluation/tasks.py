@@ -20,7 +20,7 @@ frequent_words  ``~abc def abc ghi abc !abc.``                                 t
 >>> generator = TaskGenerator(seed=0, split="held_out")
 >>> tokens, kinds = generator.passkey(length=1024, needles=8, queries=1)      # one training or scoring sequence
 >>> example = generator.example("passkey", length=1024)                       # a prompt and the answer to generate
->>> example.prompt.shape, example.answer_text[-1]
+>>> example.prompt.shape, decode(example.answer)[-1]
 ((1024,), ';')
 """
 
@@ -40,13 +40,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+if __package__:
+    from .examples import Example
+else:  # beside train.py, which may be run as a script
+    from examples import Example  # type: ignore[import-not-found,no-redef]
+
 __all__ = [
     "BOS",
     "EOS",
     "PAD",
     "TASKS",
     "Corpus",
-    "Example",
     "Kind",
     "Sample",
     "TaskGenerator",
@@ -74,6 +78,8 @@ _MIN_DOCSTRING = 100
 _MIN_PARAGRAPH = 40
 #: One document in this many is held out.
 _HELD_OUT_EVERY = 12
+#: Fields of a syntax node that hold statements, in the order of the source.
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 _SKIPPED_PACKAGES = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings")
 
 
@@ -98,31 +104,6 @@ class Sample(NamedTuple):
 
     tokens: np.ndarray
     kinds: np.ndarray
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt for ``generate()`` and the answer it should give.
-
-    ``prompt`` is int64 ``[length]`` with BOS first and ends where the answer begins; ``answer`` is int64 ``[n]``.
-    ``question_start`` is the index in ``prompt`` where the question begins, so that ``prompt[:question_start]`` is what
-    a cache may be compressed to before the question is known; it is the prompt's length for tasks without a question.
-    """
-
-    prompt: np.ndarray
-    answer: np.ndarray
-    task: str
-    question_start: int
-
-    @property
-    def prompt_text(self) -> str:
-        """The prompt as a string, without BOS."""
-        return decode(self.prompt[1:])
-
-    @property
-    def answer_text(self) -> str:
-        """The answer as a string."""
-        return decode(self.answer)
 
 
 def encode(text: str, bos: bool = True) -> np.ndarray:
@@ -159,8 +140,9 @@ def _docstrings(source: str) -> Iterator[tuple[str, str]]:
             text = ast.get_docstring(node)
             if text:
                 yield name, text
-        for child in reversed(list(ast.iter_child_nodes(node))):
-            stack.append((f"{name}.{child.name}" if hasattr(child, "name") and child.name else name, child))
+        # Of the children, statements alone: expressions, nine nodes in ten, define nothing.
+        for child in reversed([x for field in _BLOCKS for x in getattr(node, field, ())]):
+            stack.append((f"{name}.{child.name}" if getattr(child, "name", None) else name, child))
 
 
 def _documents() -> Iterator[tuple[str, str]]:
@@ -362,8 +344,8 @@ class TaskGenerator:
         """A prompt of exactly ``length`` tokens and the answer that belongs after it.
 
         ``passkey`` hides eight needles and asks for one, ``two_hop`` four variables and asks for one, ``recall`` asks
-        for the last of its pairs after all the others; ``options`` go to the task's method and change that.
-        ``answer_length`` is how many bytes ``text`` and ``copy`` continue.
+        for the last of its pairs after all the others, ``turns`` hides eight and asks for four, one a turn; ``options``
+        go to the task's method and change that. ``answer_length`` is how many bytes ``text`` and ``copy`` continue.
         """
         if task == "text":
             tokens, _ = self.text(length + answer_length)
@@ -371,6 +353,8 @@ class TaskGenerator:
         if task == "copy":
             tokens, _ = self.copy(length + answer_length, **{"period": length * 2 // 3, **options})
             return Example(tokens[:length], tokens[length:], task, length)
+        if task == "turns":
+            return self._turns(length, **options)
         defaults: dict[str, dict[str, int]] = {
             "passkey": {"needles": 8, "queries": 1},
             "two_hop": {"variables": 4, "queries": 1},
@@ -384,6 +368,17 @@ class TaskGenerator:
         tokens, _ = self.sample(task, length + said, **{**defaults.get(task, {}), **options})
         answer = tokens[length : length + _KEY] if task == "frequent_words" else tokens[length:]  # not its full stop
         return Example(tokens[:length], answer, task, length - asked)
+
+    def _turns(self, length: int, needles: int = 8, queries: int = 4) -> Example:
+        said, asked = _VALUE + 1, _QUERY - _VALUE - 1
+        tokens, _ = self._key_value(length + said + (queries - 1) * _QUERY, needles, queries, Kind.PASSKEY)
+
+        def turn(start: int, end: int, later: tuple[Example, ...] = ()) -> Example:
+            question = end - asked - start
+            return Example(tokens[start:end], tokens[end : end + said], "turns", question, later=later)
+
+        ends = [length + i * _QUERY for i in range(queries)]
+        return turn(0, length, tuple(turn(end - asked, end) for end in ends[1:]))
 
     # pieces
 

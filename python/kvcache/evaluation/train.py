@@ -33,9 +33,20 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 if __package__:
-    from .tasks import BOS, EOS, PAD, TASKS, Corpus, Kind, TaskGenerator, answer_spans, encode
+    from .tasks import BOS, EOS, PAD, TASKS, Corpus, Kind, TaskGenerator, answer_spans, decode, encode
 else:  # run as a script, where the package need not be importable
-    from tasks import BOS, EOS, PAD, TASKS, Corpus, Kind, TaskGenerator, answer_spans, encode  # type: ignore[import-not-found,no-redef]
+    from tasks import (  # type: ignore[import-not-found,no-redef]
+        BOS,
+        EOS,
+        PAD,
+        TASKS,
+        Corpus,
+        Kind,
+        TaskGenerator,
+        answer_spans,
+        decode,
+        encode,
+    )
 
 __all__ = ["STAGES", "Stage", "build_model", "build_tokenizer", "evaluate", "export", "text_bits", "train"]
 
@@ -509,8 +520,9 @@ def _final_scores(out: Path, samples: int, log: Log) -> None:
     prompt = torch.from_numpy(example.prompt)[None]
     generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(example.answer))
     answer = tokenizer.decode(generated[0, prompt.shape[1] :])
-    log.write("final_generate", question=example.prompt_text[-5:], answer=answer, expected=example.answer_text)
-    assert np.array_equal(tokenizer(example.prompt_text)["input_ids"], encode(example.prompt_text))
+    text = decode(example.prompt[1:])
+    log.write("final_generate", question=text[-5:], answer=answer, expected=decode(example.answer))
+    assert np.array_equal(tokenizer(text)["input_ids"], encode(text))
 
 
 _CARD = """\
