@@ -1,7 +1,7 @@
 """Quality beside kvpress' policies of the same name: same weights, same questions, bytes really held.
 
     make peers
-    python bench/quality/kvpress.py --out bench/results/quality/kvpress.json
+    python bench/quality/beside_kvpress.py --out bench/results/quality/kvpress.json
 
 Both compress the context to the same number of entries per head before the question is seen ("agnostic"), or with it
 ("aware"), then answer greedily. kvpress runs in its own Python (it needs an older transformers), one sequence at a
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,29 +70,42 @@ def cases(examples: list[Example], protocol: str) -> list[dict[str, Any]]:
     return found
 
 
-def theirs(python: Path, pair: Pair, share: float, examples: list[Example], protocol: str) -> dict[str, Any]:
-    """kvpress' answers."""
-    asked = cases(examples, protocol)
-    request = {
-        "model": str(shipped_folder()), "press": pair.press, "wrapper": pair.wrapper, "threads": 1, "cases": asked,
-        "arguments": {"compression_ratio": 1 - share, **pair.arguments}, "kvpress": installed(python),
-    }  # fmt: skip
+def theirs(python: Path, shares: list[float], cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """kvpress' answers under every pair and share, in that order."""
+    jobs = [
+        {"press": p.press, "wrapper": p.wrapper, "arguments": {"compression_ratio": 1 - share, **p.arguments}}
+        for p in PAIRS
+        for share in shares
+    ]
+    request = {"model": str(shipped_folder()), "threads": 1, "jobs": jobs, "cases": cases}
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder, "request.json"), Path(folder, "answers.json")
         question.write_text(json.dumps(request))
-        command = [str(python), str(HERE / "press_worker.py"), str(question), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return {"left_out": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no reason given"}
-        found = json.loads(answer.read_text())
-    right = [float(e.score(np.array(said), "")) for e, said in zip(examples, found["answers"])]
-    return {"accuracy": float(np.mean(right)), "nbytes": round(float(np.mean(found["nbytes"]))), "right": right,
-            "versions": found["versions"]}  # fmt: skip
+        subprocess.run([str(python), str(HERE / "press_worker.py"), str(question), str(answer)], check=True)
+        return json.loads(answer.read_text())
 
 
-def installed(python: Path) -> str:
-    command = [str(python), "-c", "from importlib import metadata; print(metadata.version('kvpress'))"]
-    return subprocess.check_output(command, text=True).strip()
+def compared(
+    model: Any, pair: Pair, share: float, examples: list[Example], protocol: str, context: int, peer: dict[str, Any]
+) -> dict[str, Any]:
+    """One row: both libraries on the same questions."""
+    keep = int(context * share)
+    policy = pair.ours.format(keep=keep, rest=keep - SINKS)
+    ours = generate_answers(model, policy, examples, protocol=protocol)
+    row: dict[str, Any] = {
+        "task": examples[0].task, "protocol": protocol, "share": share, "samples": len(examples), "policy": policy,
+        "accuracy": ours.accuracy, "interval": ours.interval, "nbytes": ours.held.nbytes,
+        "full_nbytes": ours.held.full_nbytes, "press": pair.wrapper or pair.press,
+    }  # fmt: skip
+    if "left_out" in peer:
+        return row | {"left_out": peer["left_out"]}
+    right = np.array([e.score(np.array(said), "") for e, said in zip(examples, peer["answers"])])
+    mine = ours.scores[:, 0]
+    return row | {
+        "peer_accuracy": float(right.mean()), "peer_interval": wilson(float(right.sum()), len(right)),
+        "peer_nbytes": round(float(np.mean(peer["nbytes"]))), "only_ours": int((mine > right).sum()),
+        "only_theirs": int((mine < right).sum()),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -101,47 +113,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--python", type=Path, default=PYTHON, help="a Python with kvpress (make peers)")
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--tasks", nargs="+", default=["passkey", "recall", "frequent_words"])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.125])
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--tasks", nargs="+", default=["passkey", "frequent_words"])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()
     if not o.python.exists():
         sys.exit(f"no Python with kvpress at {o.python}: make peers")
     torch.set_num_threads(1)
     model = kvcache.wrap(load_model())
-    rows = []
+    rows, versions = [], {}
     for protocol in PROTOCOLS:
         for task in o.tasks:
             examples = draw_examples(task, o.length, o.samples, o.seed)
-            context = len(cases(examples, protocol)[0]["context"])
+            asked = cases(examples, protocol)
+            answered = theirs(o.python, o.shares, asked)
+            versions, peers = answered["versions"], iter(answered["jobs"])
             for pair in PAIRS:
                 for share in o.shares:
-                    keep = int(context * share)
-                    policy = pair.ours.format(keep=keep, rest=keep - SINKS)
-                    ours = generate_answers(model, policy, examples, protocol=protocol)
-                    peer = theirs(o.python, pair, share, examples, protocol)
-                    row = {
-                        "task": task, "protocol": protocol, "share": share, "samples": o.samples, "policy": policy,
-                        "accuracy": ours.accuracy, "interval": ours.interval, "nbytes": ours.held.nbytes,
-                        "full_nbytes": ours.held.full_nbytes, "press": pair.wrapper or pair.press,
-                    }  # fmt: skip
-                    if "left_out" in peer:
-                        row["left_out"] = peer["left_out"]
-                    else:
-                        right = np.array(peer["right"])
-                        row |= {"peer_accuracy": peer["accuracy"], "peer_nbytes": peer["nbytes"],
-                                "peer_interval": wilson(right.sum(), len(right)), "versions": peer["versions"],
-                                "only_ours": int((ours.scores[:, 0] > right).sum()),
-                                "only_theirs": int((ours.scores[:, 0] < right).sum())}  # fmt: skip
-                    rows.append(row)
-                    shown = {k: v for k, v in row.items() if k not in ("versions", "interval", "peer_interval")}
-                    print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()),
-                          flush=True)  # fmt: skip
+                    context = len(asked[0]["context"])
+                    rows.append(compared(model, pair, share, examples, protocol, context, next(peers)))
+                    print({k: v for k, v in rows[-1].items() if "interval" not in k}, flush=True)
     o.out.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"kvcache": metadata.version("kvcache"), **machine()}
-    command = "python bench/quality/kvpress.py"
-    o.out.write_text(json.dumps({"command": command, "machine": facts, "rows": rows}, indent=1) + "\n")
+    settings = {"length": o.length, "seed": o.seed, "versions": versions, "machine": machine()}
+    o.out.write_text(
+        json.dumps({"command": "python bench/quality/beside_kvpress.py", **settings, "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":
