@@ -1,4 +1,5 @@
-"""Fills the tables of README.md and docs/ from the committed JSON in bench/results/.
+"""Fills the tables of README.md and docs/ from the committed JSON in bench/results/, and the catalogue of policies from
+their classes.
 
     python bench/tables.py [--check]
 
@@ -17,11 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvcache import policies
 from kvcache.evaluation.contenders import BASELINES, DEMO, label
+from kvcache.policies.card import defaults, needs
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = ("README.md", "docs/results.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/results.md", "docs/kernels.md", "docs/policies.md")
 MISSING = "*Not measured yet.*"
 
 Rows = list[dict[str, Any]]
@@ -254,6 +257,41 @@ def bars(_: Any) -> str:
     return markdown(["Bar on a CPU", "Wanted", "Measured", "Met"], body) if body else MISSING
 
 
+def catalogue(_: Any) -> str:
+    """What every policy says of itself: ``Policy.card``."""
+    classes = [x for x in (getattr(policies, name) for name in policies.__all__) if isinstance(x, type)]
+    stock = [x for x in classes if issubclass(x, policies.Policy) and x is not policies.Policy]
+    if missing := [x.__name__ for x in stock if x.card is None]:
+        raise ValueError(f"{', '.join(missing)} must have a card (kvcache/policies/card.py)")
+    short, long = [], []
+    for policy in sorted(stock, key=lambda x: (x.__name__ != "Full", x.__name__.lower())):
+        name, card = f"`{policy.__name__.lower()}`", policy.card
+        given = defaults(policy)
+        short.append([name, card.source, f"`{given}`" if given else "", card.holds, needs(policy)])
+        long.append([name, card.rule, card.cost, card.use])
+    first = markdown(["Policy", "Source", "Defaults", "Holds per kv head", "Needs"], short, left=5)
+    second = markdown(["Policy", "Rule", "A step costs beyond reading what is held", "Use"], long, left=4)
+    return f"{first}\n\n{second}"
+
+
+def quality(found: dict[str, Any]) -> str:
+    """Answers and bytes beside kvpress' policies of the same name."""
+    body = []
+    for r in found["rows"]:
+        line = [f"`{r['policy']}`", r["press"], r["task"], r["protocol"], f"{r['accuracy']:.0%}"]
+        if "left_out" in r:
+            body.append([*line, "left out: " + r["left_out"].replace("|", "\\|"), "", size(r["nbytes"]), ""])
+            continue
+        flips = f"{r['only_ours']} / {r['only_theirs']}"
+        body.append([*line, f"{r['peer_accuracy']:.0%}", flips, size(r["nbytes"]), size(r["peer_nbytes"])])
+    head = ["Policy", "kvpress", "Task", "Protocol", "Right", "kvpress right", "Right in one alone, ours / theirs", "Held",
+            "kvpress holds"]  # fmt: skip
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    samples = found["rows"][0]["samples"]
+    note = f"*{samples} questions, context {found['length']:,} tokens; {versions} on the other side.*"
+    return f"{markdown(head, body, left=4)}\n\n{note}"
+
+
 def _committed(file: str) -> Rows:
     """The rows of a committed JSON; none if it is not there."""
     path = RESULTS / file
@@ -275,6 +313,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
         for name in ("overhead", "skipdecode", "tokenselect_decode", "tokenselect_prefill", "h2o", "threads")
     },
     "e2e-bars": (".", bars),
+    "catalogue": (".", catalogue),
+    "beside-kvpress": ("quality/beside_kvpress.json", quality),
     "eval-text": ("eval/report.json", budgets("text")),
 }
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def test_every_policy_is_in_the_catalogue_with_its_defaults():
     stock = [cls for cls in REGISTRY.values() if cls.__module__.startswith("kvcache.policies")]
     assert len(stock) >= 6
     for cls in stock:
+        assert cls.card is not None
+        assert all(len(getattr(cls.card, f.name)) > 0 for f in fields(cls.card))
         row = re.search(rf"^\| `{cls.__name__.lower()}` \|.*$", catalogue, re.M)
         assert row, cls.__name__
         for default in re.findall(r"(\w+)=([^,`]+)", row[0].split("|")[3]):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from .card import Card
 from .observation import _ObservationWindow
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ class AdaKV(_ObservationWindow):
             SnapKV.
         window, pool, pooling, generated: as in :class:`SnapKV`.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2407.11550, Algorithm 1",
+        rule="SnapKV's scores; the best of all heads of a layer together, `floor` of an even share for sure.",
+        holds="`keep` on average over the heads of a layer; what a head gives up is freed",
+        cost="nothing after the prompt",
+        use="As SnapKV; heads that look at much get more.",
+    )
 
     floor: float = 0.2
 

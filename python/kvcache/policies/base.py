@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget, resolve_budget
+from .card import Card
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -46,11 +47,13 @@ class Policy:
         slack: entries by which a head may exceed its budget while decoding. The first one beyond brings it back to the
             budget, so that ``score`` is asked once in ``slack`` + 1 tokens; for scores that take the whole layer to
             compute. The end of a prompt always leaves the budget. 0: every step evicts.
+        card: what the catalogue says of it; only kvcache's own policies need one.
 
     What a subclass may override
         score (retention), allocate (retention), select (selection), layers (layer schedule).
     """
 
+    card: ClassVar[Card | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[tuple[str, ...]] = ()
     observed: int = 0

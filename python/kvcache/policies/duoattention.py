@@ -7,13 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import Policy
 from .budget import FAR, Budget, check_budget, check_count
+from .card import Card
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -40,6 +41,14 @@ class DuoAttention(Policy):
     A path stays a path in the text form, everything else is written out. Keys keep the rotation of their original
     position. In a layer with a sliding window retrieval heads keep what the window shows.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2410.10819",
+        rule="Retrieval heads keep everything; the others the first `sinks` and the last `recent`.",
+        holds="all of the retrieval heads' entries, `sinks + recent` of the others'",
+        cost="nothing",
+        use="Half the memory with retrieval intact, given calibrated heads.",
+    )
 
     heads: Heads | float | str = 0.5
     sinks: int = 128

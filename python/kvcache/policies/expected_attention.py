@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .budget import Budget, check_count
+from .card import Card
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -41,6 +42,17 @@ class ExpectedAttention(_Keeping):
     normalise queries; here they are those of the queries themselves. Softcaps are not modelled. Models whose rotation
     is not known, or whose queries are not made for the cached keys (MLA), are refused at ``wrap``.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2510.00636; kvpress",
+        rule=(
+            "z = exp(a k·Rm + a² k·(R C Rᵀ)k / 2) for queries of mean m and covariance C, turned by the mean rotation "
+            "R to the next `horizon` positions; normalised, group mean, times ‖v‖."
+        ),
+        holds="`keep`, and up to `slack` more; D² + D numbers per query head",
+        cost="reading all keys and values, once in `slack + 1` steps",
+        use="The question is not known yet; set `slack`.",
+    )
 
     keep: Budget = 0.2
     horizon: int = 512

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .base import Policy
 from .budget import Budget, check_budget
+from .card import Card
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -31,6 +32,20 @@ class H2O(Policy):
     Budgets are fixed when a prompt ends. Unlike the official simulation an evicted entry never returns, and future
     queries never count (reference/papers.md, section 1).
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2306.14048, Algorithm 1",
+        rule=(
+            "s_j = Σ_t softmax(q_t K / √D)_j over all queries so far, mean (or max) over a kv head's group; the "
+            "`heavy` largest stay, and the last `recent`."
+        ),
+        holds="`heavy + recent`",
+        cost="adding the step's probabilities to the scores, choosing one victim per head",
+        use=(
+            "Text that goes on about what it attended to. Old entries have had more queries to score with: retrieval "
+            "suffers."
+        ),
+    )
 
     heavy: Budget = 0.1
     recent: Budget = 0.1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .budget import Budget
+from .card import Card
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ class KeyDiff(_Keeping):
             changes with every token, so that an eviction reads all keys of the layer; it comes once in ``slack`` + 1
             tokens. With 0, as in the paper, every step evicts, and none is captured as a graph.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2504.15364",
+        rule="-cos(k, mean of the normalised keys of the head): the `keep` keys most unlike the mean stay.",
+        holds="`keep`, and up to `slack` more",
+        cost="reading all keys, once in `slack + 1` steps",
+        use="Without attention and queries; set `slack`.",
+    )
 
     keep: Budget = 0.2
     sinks: int = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
+from .card import Card
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ class KNorm(_Keeping):
         keep: entries per kv head: an int, a share of the prompt, or bytes.
         sinks, recent: first and newest entries that stay whatever their norm, part of ``keep`` (paper: none).
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2406.11430",
+        rule="The `keep` keys of smallest norm stay.",
+        holds="`keep`",
+        cost="one norm per new token, choosing one victim per head",
+        use="Models without normalised keys, when nothing may look at attention.",
+    )
 
     keep: Budget = 0.2
     sinks: int = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget, check_count
+from .card import Card
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -39,6 +40,18 @@ class LagKV(_Keeping):
     more partitions there are, the fewer entries of each stay. While decoding a head exceeds ``keep`` by ``lag`` - 1 at
     most and is brought back to it when another partition has its reference (``slack``).
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2504.04704",
+        rule=(
+            "softmax over a partition of `lag` tokens of std_D((x - min) / (max - min)), minima and maxima those of "
+            "the next partition, mean over keys and values; the best of each partition stay, the first `sinks`, the "
+            "last `lag` to 2 `lag` - 1."
+        ),
+        holds="`keep`, and up to `lag - 1` more",
+        cost="reading a partition's keys and values, once in `lag` steps",
+        use="Without attention and queries, where every part of the text should keep its share.",
+    )
 
     keep: Budget = 0.2
     sinks: int = 4

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .budget import check_count
+from .card import Card
 from .observation import _ObservationWindow
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ class PyramidKV(_ObservationWindow):
         beta: how steep; 1 gives all layers the same.
         window, pool, pooling, generated: as in :class:`SnapKV`.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2406.02069, section 4",
+        rule=(
+            "SnapKV's scores; layer l keeps from 2(C - W) - (C - W)/`beta` (first) down to (C - W)/`beta` (last) "
+            "beside the window, exactly C on average."
+        ),
+        holds="`keep` on average over layers",
+        cost="nothing after the prompt",
+        use="As SnapKV, at small budgets.",
+    )
 
     beta: int = 20
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .budget import Budget, check_count
+from .card import Card
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ class RandomEviction(_Keeping):
         sinks, recent: protected entries, part of ``keep``.
         seed: another seed keeps another subset.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="baseline",
+        rule=("A hash of row, layer, head, position and `seed` decides; the first `sinks` and the last `recent` stay."),
+        holds="`keep`",
+        cost="choosing one victim per head",
+        use="As what any policy has to beat.",
+    )
 
     keep: Budget = 0.2
     _: KW_ONLY

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import Policy
 from .budget import check_count
+from .card import Card
 
 PROMPT_MODES = ("full", "n_max", "schedule")
 
@@ -31,6 +33,17 @@ class SkipDecode(Policy):
 
     The paper fine-tunes the model for the schedule; without that the quality drops.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2307.02628, section 3",
+        rule=(
+            "n(t) = `max_layers` - (`max_layers` - `min_layers`) min(t / `horizon`, 1) layers run: the first `warmup` "
+            "and the topmost."
+        ),
+        holds="what the layers that run have stored",
+        cost="negative: skipped layers cost nothing",
+        use="Models fine-tuned for it. Others lose quality at once.",
+    )
 
     min_layers: int = 11
     max_layers: int = 22

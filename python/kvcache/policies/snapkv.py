@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from .card import Card
 from .observation import _ObservationWindow
 
 
@@ -31,3 +33,14 @@ class SnapKV(_ObservationWindow):
     ``prefill="chunked"`` lets the last ``window`` queries of every chunk decide, the last one having perhaps fewer; and
     rows padded on the right are observed by those of their last chunk that lie in the last ``window`` columns.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2404.14469, section 4",
+        rule=(
+            "Attention of the prompt's last `window` queries, summed, group mean, pooled over `pool` neighbours; the "
+            "best `keep - window` and the window stay."
+        ),
+        holds="`keep` of the prompt, and what is generated",
+        cost="nothing after the prompt",
+        use="The question stands at the prompt's end. If it comes later, the window votes for something else.",
+    )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from .base import Policy
 from .budget import Budget, check_budget, check_count
+from .card import Card
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -24,6 +25,14 @@ class StreamingLLM(Policy):
 
     Keys keep the rotation of their original position; the paper re-rotates them to their place in the cache.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2309.17453",
+        rule="The first `sinks` and the last `window` tokens stay.",
+        holds="`sinks + window`",
+        cost="nothing",
+        use="Endless streams where only the recent text matters. What lies between is gone: no retrieval.",
+    )
 
     sinks: int = 4
     window: Budget = 1020

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from . import selection_cache
 from .base import Policy, Selection
 from .budget import FAR, check_count
+from .card import Card
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -49,6 +50,17 @@ class TokenSelect(Policy):
 
     Layers with a sliding window read their window and are not selected from.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2411.02886, section 4",
+        rule=(
+            "score_j = Σ_h softmax_j(q_h K); the first `sinks`, the `k` best and the last `local` are read; a "
+            "selection is kept while the query's cosine is at least `reuse`."
+        ),
+        holds="every token",
+        cost="a pass over all keys (over bounds and `shortlist` pages) at each selection",
+        use="Long contexts that must stay retrievable: time is saved, memory is not.",
+    )
 
     k: int = 2048
     sinks: int = 128

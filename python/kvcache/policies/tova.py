@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from .budget import Budget
+from .card import Card
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -27,6 +28,14 @@ class TOVA(_Keeping):
         keep: entries per kv head: an int, a share of the prompt, or bytes.
         sinks, recent: protected entries, part of ``keep``; the paper protects none.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2401.06104, section 3.2",
+        rule="The `keep` entries to which the newest query attends most, mean over all heads of the layer.",
+        holds="`keep`",
+        cost="writing the step's probabilities, choosing one victim per layer",
+        use="As H2O, without its bias to old entries; forgets what the newest query does not look at.",
+    )
 
     keep: Budget = 512
     sinks: int = 0
