@@ -284,7 +284,7 @@ def quality(found: dict[str, Any]) -> str:
             continue
         flips = f"{r['only_ours']} / {r['only_theirs']}"
         body.append([*line, f"{r['peer_accuracy']:.0%}", flips, size(r["nbytes"]), size(r["peer_nbytes"])])
-    head = ["Policy", "kvpress", "Task", "Protocol", "Right", "kvpress right", "Right in one alone, ours / theirs", "Held",
+    head = ["Policy", "kvpress", "Task", "Protocol", "Right", "kvpress right", "Right in ours alone / theirs", "Held",
             "kvpress holds"]  # fmt: skip
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     samples = found["rows"][0]["samples"]

@@ -41,6 +41,8 @@ POLICY_ERRORS = [
     (lambda: TokenSelect(reuse="0.9"), ValueError, "reuse must be a number.*'0.9'"),
     (lambda: TokenSelect(positions="clipped"), ValueError, "positions must be.*clipped"),
     (lambda: TokenSelect(vote="hard"), ValueError, "vote must be.*hard"),
+    (lambda: TokenSelect(pool=4), ValueError, "pool must be odd.*4"),
+    (lambda: TokenSelect(vote="head", shortlist=8), ValueError, "shortlist needs vote='soft' or 'raw'.*head"),
     (lambda: SkipDecode(min_layers=0), ValueError, "min_layers must be at least 1.*0"),
     (lambda: SkipDecode(min_layers=9, max_layers=8), ValueError, "min_layers must not exceed max_layers.*9 > 8"),
     (lambda: SkipDecode(4, 8, warmup=5), ValueError, "warmup must not exceed min_layers.*5 > 4"),

@@ -338,18 +338,30 @@ class LayerView:
         end: Tensor,
         width: int,
         *,
-        soft: bool = True,
+        vote: str = "soft",
+        pool: int = 1,
         shortlist: int = 0,
     ) -> Selection:
         """The ``k`` entries at positions [first, last) that the heads of ``query`` [rows, query_heads, Dk] vote for,
-        all before ``first`` and all in [last, end); ``shortlist``: pages that may be looked at, 0 for all."""
-        s = self._store
+        all before ``first`` and all in [last, end).
+
+        ``vote``: "soft" or "raw" (ops.selection_scores), or "head": every query head has one vote for each of the k
+        entries with its largest logits. ``pool``: of the votes of so many neighbours, the entry in the middle, the
+        largest counts. ``shortlist``: pages that may be looked at, 0 for all; not with "head" or a pool.
+        """
+        s, soft = self._store, vote == "soft"
         before = self.entries_before(end)[:, None]
         best = torch.full((len(end), 1), k, dtype=torch.int32, device=end.device)
         # Later entries, of a prompt that is there as a whole, are neither candidates nor read.
         counts = before.expand(-1, self.heads).contiguous()
         if not shortlist:
-            scores = self._vote(query, counts, first, last, soft, 1.0)
+            if vote == "head":
+                scores = self._votes_of_heads(query, k, counts, first, last)
+            else:
+                scores = self._vote(query, counts, first, last, soft, 1.0)
+            if pool > 1:
+                largest = torch.nn.functional.max_pool1d(scores, pool, 1, pool // 2)
+                scores = torch.where(scores > float("-inf"), largest, scores)
             return Selection(*ops.topk(scores, before, s.positions[:, :1], best, first, last, width))
         assert s.storage.bounds is not None
         parallel = self._layer.engine.parallel
@@ -359,6 +371,21 @@ class LayerView:
                 shortlist, soft=soft, width=width, total=None if parallel is None else self.over_heads,
             )
         )  # fmt: skip
+
+    def _votes_of_heads(self, query: Tensor, k: int, counts: Tensor, first: Tensor, end: Tensor) -> Tensor:
+        """How many query heads have an entry among their ``k`` best candidates: [rows, 1, capacity] float32."""
+        s = self._store
+        votes = torch.zeros(self.rows, 1, self.capacity, device=query.device)
+        heads = query.view(self.rows, self.heads, self.group, -1)
+        for g in range(self.group):  # one query head of every kv head at a time: their logits one by one
+            one = heads[:, :, g].contiguous()
+            logits = ops.selection_scores(
+                one, s.storage.k_pages, s.table, counts, s.positions, first, end, 1.0, False, True
+            )
+            best, slots = (x[..., :k] for x in logits.sort(dim=2, descending=True, stable=True))
+            votes.scatter_add_(2, slots.flatten(1)[:, None], (best > float("-inf")).float().flatten(1)[:, None])
+        total = self.over_heads(votes)
+        return total.masked_fill(logits[:, :1] == float("-inf"), float("-inf"))
 
     def over_heads(self, x: Tensor) -> Tensor:
         """A sum over the heads here as the sum over all: tensor-parallel ranks add theirs."""

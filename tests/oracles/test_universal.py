@@ -79,7 +79,7 @@ def replay(model, result, policy, active):
 
 
 def select_oracle(model, select, active=None):
-    values = {n: getattr(select, n) for n in ("k", "sinks", "local", "reuse", "chunk", "vote")}
+    values = {n: getattr(select, n) for n in ("k", "sinks", "local", "reuse", "chunk", "vote", "pool")}
     kind = CompactOracle if select.positions == "compact" else TokenSelectOracle
     frequencies = model.model.rotary_emb.inv_freq
     return kind(**values, prompt=PROMPT, active=active, inverse_frequencies=frequencies)

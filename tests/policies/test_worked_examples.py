@@ -67,6 +67,7 @@ def test_tokenselect_soft_vote_is_no_logit_sum(backend):
     logits = [[20.0, 19, 0, 0], [0, 0, 4, 0], [0, 0, 4, 0]]
     assert vote_for(logits, "raw") == [0]  # sums 20, 19, 8, 0
     assert vote_for(logits, "soft") == [2]  # .766, .304, 1.896, .035
+    assert vote_for(logits, "head") == [2]  # votes 1, 0, 2, 0
 
 
 def test_tokenselect_scores_of_the_example(backend):

@@ -185,12 +185,23 @@ class TokenSelectOracle(Oracle):
     """TokenSelect from its paper, with original positions: selects by the soft vote, reuses by cosine similarity."""
 
     def __init__(
-        self, k, sinks, local, reuse, chunk, prompt, vote="soft", active=None, inverse_frequencies: Tensor | None = None
+        self,
+        k,
+        sinks,
+        local,
+        reuse,
+        chunk,
+        prompt,
+        vote="soft",
+        active=None,
+        inverse_frequencies: Tensor | None = None,
+        pool=1,
     ) -> None:
         if inverse_frequencies is not None:
             self.frequencies = torch.cat([inverse_frequencies, inverse_frequencies]).double()
         self.k, self.sinks, self.local, self.reuse = k, sinks, local, reuse
         self.chunk, self.prompt, self.vote, self.active = min(chunk, local), prompt, vote, active
+        self.pool = pool
         self.read: dict[int, dict[int, list[int]]] = {}  # layer -> first query of the step -> positions read
         self.gap = math.inf  # smallest relative distance between the last chosen and the first left out
 
@@ -223,10 +234,19 @@ class TokenSelectOracle(Oracle):
         score = torch.zeros(len(candidates), dtype=torch.float64)
         for h in range(query.shape[0]):
             raw = k[h // group, self.sinks : self.sinks + len(candidates)] @ query[h]
-            score += raw.softmax(0) if self.vote == "soft" else raw
+            if self.vote == "head":
+                ranked = sorted(range(len(raw)), key=lambda i: (-float(raw[i]), i))
+                score[ranked[: self.k]] += 1
+                if len(ranked) > self.k:
+                    last, out = float(raw[ranked[self.k - 1]]), float(raw[ranked[self.k]])
+                    self.gap = min(self.gap, abs(last - out) / max(abs(last), 1e-9))
+            else:
+                score += raw.softmax(0) if self.vote == "soft" else raw
+        beside = self.pool // 2
+        score = torch.stack([score[max(i - beside, 0) : i + beside + 1].max() for i in range(len(score))])
         order = sorted(range(len(candidates)), key=lambda i: (-float(score[i]), i))
         best = order[: self.k]
-        if len(order) > self.k:
+        if len(order) > self.k and self.vote != "head" and self.pool == 1:  # else equal votes are usual
             last, out = float(score[order[self.k - 1]]), float(score[order[self.k]])
             self.gap = min(self.gap, (last - out) / abs(last))
         chosen = {self.sinks + i for i in best}

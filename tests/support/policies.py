@@ -42,6 +42,8 @@ POLICIES: dict[str, Policy] = {
     "random": RandomEviction(9, sinks=1, recent=2, seed=3),
     "tokenselect": TokenSelect(**SELECT),
     "tokenselect-raw": TokenSelect(**SELECT, vote="raw"),
+    "tokenselect-head": TokenSelect(**SELECT, vote="head"),
+    "tokenselect-pool": TokenSelect(**SELECT, pool=3),
     "tokenselect-compact": TokenSelect(**SELECT, positions="compact"),
     "tokenselect-shortlist": TokenSelect(**SELECT, shortlist=1.0),  # of all pages: the exact selection
     "skipdecode": SkipDecode(**SKIP),

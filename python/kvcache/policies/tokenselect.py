@@ -39,7 +39,11 @@ class TokenSelect(Policy):
             sinks + k + local and so works beyond the trained context (the paper's way).
         chunk: queries per selection while a prompt is read; the chunk's mean query votes (paper: 512, at most
             ``local``).
-        vote: "soft" (Eq. 7) or "raw" (sum of logits, Eq. 5, the paper's ablation).
+        vote: "soft" (Eq. 7); "raw": the sum of logits (Eq. 5), or "head": the number of query heads among whose ``k``
+            best a token is (Eq. 6), the paper's ablations.
+        pool: a token's votes are the largest of those of ``pool`` neighbours around it; odd. The official code sets it
+            for each data set, which the paper does not say. With it, or with "head", a decode step is no single op
+            and is not captured as a graph.
         shortlist: None: every token votes. Else a selection looks only at the pages whose keys can have the largest
             logits, known from the bounds of each page (Quest, arXiv 2406.10774): that many pages beside those of
             ``sinks`` and ``local``, or that share (a float) of all that the cache has room for; never less than ``k``
@@ -71,6 +75,7 @@ class TokenSelect(Policy):
     chunk: int = 512
     vote: str = "soft"
     shortlist: int | float | None = None
+    pool: int = 1
 
     def __post_init__(self) -> None:
         check_count("k", self.k, 1)
@@ -81,9 +86,16 @@ class TokenSelect(Policy):
             raise ValueError(f"reuse must be a number, got {self.reuse!r}")
         if self.positions not in ("original", "compact"):
             raise ValueError(f"positions must be 'original' or 'compact', got {self.positions!r}")
-        if self.vote not in ("soft", "raw"):
-            raise ValueError(f"vote must be 'soft' or 'raw', got {self.vote!r}")
+        if self.vote not in ("soft", "raw", "head"):
+            raise ValueError(f"vote must be 'soft', 'raw' or 'head', got {self.vote!r}")
+        check_count("pool", self.pool, 1)
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool must be odd, so that a token is the middle of its neighbours, got {self.pool}")
         pages = self.shortlist
+        if pages is not None and not self._one_op:
+            raise ValueError(
+                f"shortlist needs vote='soft' or 'raw' and pool=1, got vote={self.vote!r}, pool={self.pool}"
+            )
         if pages is not None and (
             isinstance(pages, bool)
             or not isinstance(pages, (int, float))
@@ -105,6 +117,11 @@ class TokenSelect(Policy):
         return self.shortlist is not None
 
     @property
+    def _one_op(self) -> bool:
+        """Whether ops.select_tokens can make the selection."""
+        return self.vote != "head" and self.pool == 1
+
+    @property
     def _most(self) -> int:
         """What a row may hold and still read all of it."""
         return self.sinks + self.k + self.local
@@ -124,7 +141,7 @@ class TokenSelect(Policy):
         state = layer.state
         if "index" not in state and layer.most_entries <= self._most:
             return None
-        if layer.decodes and "index" in state and not layer.sharded:
+        if layer.decodes and "index" in state and not layer.sharded and self._one_op:
             return self._step(layer, queries, positions)
         end = positions.amax(1) + 1
         asks = end > 0  # the other rows bring nothing but padding here: they change nothing and read what they have
@@ -158,13 +175,14 @@ class TokenSelect(Policy):
             (end - self.local).clamp(min=self.sinks),
             end,
             kept.index.shape[2],
-            soft=self.vote == "soft",
+            vote=self.vote,
+            pool=self.pool,
             shortlist=self._pages(layer),
         )
         return selection_cache.renew(state, stale, plain, fresh, held)
 
     def phase(self, layer: LayerView) -> Hashable:
-        if layer.sharded or self.positions == "compact":
+        if layer.sharded or self.positions == "compact" or not self._one_op:
             return None
         reads_all = "index" not in layer.state and layer.most_entries < self._most  # with the token of the step
         return "all" if reads_all else None if "index" not in layer.state else "selected"
