@@ -145,6 +145,8 @@ class Scheduler:
         """The next chunk; after the last one the requests have their first token and are ready to run."""
         start, width = prompts.done, prompts.tokens.shape[1]
         end = min(width, start + max(1, self.max_batch_tokens // len(prompts.tokens)))
+        if prompts.cache.policy.routes:  # which needs all of a prompt at once
+            end = width
         try:
             logits = self._forward(prompts.cache, prompts.tokens[:, start:end], prompts.real[:, :end])
         except OutOfPages as error:

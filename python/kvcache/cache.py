@@ -42,6 +42,12 @@ def resolve_policy(policy: Policy | str) -> Policy:
     return compose(policy)
 
 
+def check_prefill(policy: Policy, prefill: str) -> None:
+    """ValueError if ``policy`` needs prompts whole, which ``prefill="chunked"`` is not for."""
+    if policy.routes and prefill == "chunked":
+        raise ValueError(f"{policy} needs prompts at once, but prefill='chunked' evicts from them chunk by chunk")
+
+
 def check_options(page_size: object, kv_dtype: object, max_tokens: object, prefill: object) -> torch.dtype | None:
     """Raise TypeError or ValueError naming the bad option; returns the storage dtype (None: the model's)."""
     for name, value in (("page_size", page_size), ("max_tokens", max_tokens)):
@@ -92,6 +98,7 @@ class KVCache(Cache):
         max_tokens = state.max_tokens if max_tokens is None else max_tokens
         prefill = state.prefill if prefill is None else prefill
         dtype = check_options(page_size, state.kv_dtype if kv_dtype is None else kv_dtype, max_tokens, prefill)
+        check_prefill(resolved, prefill)
         state.check_policy(model, resolved)
         state.route(model, resolved)
         rotation = state.rotation(model) if resolved.selects or resolved.observes else None
@@ -257,7 +264,7 @@ class KVCache(Cache):
 
     def _update_alone(self, layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         policy = self.policy
-        if policy.retains or policy.selects or policy.schedules:
+        if policy.retains or policy.selects or policy.schedules or policy.routes:
             raise RuntimeError(
                 f"a cache with policy {policy} works only inside a forward of the wrapped model it was made for"
             )

@@ -64,6 +64,7 @@ class Engine(Reading, Evicting):
         self.real: Tensor | None = None
         self.recording = False
         self.prompt_length: int | None = None  # columns of a prompt that arrives in chunks
+        self.prompt_columns: int | None = None  # of the prompt given to generate(): behind them come drafts
         self.unplanned = False  # a prompt has been read and no budget was fixed since
         self.step: Step | None = None
 
@@ -83,6 +84,11 @@ class Engine(Reading, Evicting):
             raise ValueError(f"input_ids has {rows} rows, but the cache holds {known}")
         if tokens == 0:
             raise ValueError("input_ids is empty: a forward needs at least one new token")
+        if self.policy.routes and self._prompt_left > tokens:
+            raise ValueError(
+                f"{self.policy} needs the prompt at once, as its last token decides which others run later layers; got "
+                f"{tokens} of the {self._prompt_left} columns to come (leave prefill_chunk_size out)"
+            )
         same = None
         if first is not None and not known and not self.recording:  # what is recorded stays as it came
             same = Repeats.of(first)
@@ -216,7 +222,7 @@ class Engine(Reading, Evicting):
                 sources.append(tensor)
                 copies.append(copy)
             saved = [(tensor, layer.saved[name]) for name, tensor in now.items()]
-            layer.undo = (step, dict(layer.state), len(layer.pending), saved)
+            layer.undo = (step.whole or step, dict(layer.state), len(layer.pending), saved)
         if sources:
             torch._foreach_copy_(copies, sources)
 
@@ -247,8 +253,10 @@ class Engine(Reading, Evicting):
         new_columns = self._new_columns(layer, k, v)
         spare = None
         if fresh:
-            # The first layer's growth makes room for the others too, so that the pool is not copied once per layer.
-            spare = store.pages_needed(step.added) * sum(x.paged for x in self.layers[layer.index :])
+            # The first layer's growth makes room for the others too, so that the pool is not copied once per layer; not
+            # for those that run fewer tokens.
+            last = next((i for i in self.policy.routes_after if i >= layer.index), len(self.layers) - 1)
+            spare = store.pages_needed(step.added) * sum(x.paged for x in self.layers[layer.index : last + 1])
             spare += spare // 8
         store.append(k, v, positions, self._added(step, layer), new_columns, spare)
 

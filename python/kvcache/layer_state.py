@@ -209,6 +209,24 @@ class LayerView:
     )
 
     @property
+    def prompt_span(self) -> tuple[Tensor, Tensor]:
+        """Positions [first, end) of the prompt's tokens that this forward brings, both [rows] int32 on the CPU.
+
+        Drafts that come with the prompt given to ``generate`` are behind the end.
+        """
+        engine = self._layer.engine
+        assert engine.step is not None
+        step = engine.step.whole or engine.step
+        prompt = (engine.prompt_columns or 0) - step.start
+        if engine.recording and 0 < prompt < step.tokens:
+            return step.before, step.before + (step.positions[:, :prompt] >= 0).sum(1, dtype=torch.int32)
+        return step.before, step.after
+
+    def of_layer(self, index: int) -> LayerView:
+        """The view of another layer of the same cache, which has run already."""
+        return LayerView(self._layer.engine.layers[index])
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes that one more token costs in all layers, heads and rows."""
         stores = [x.store for x in self._layer.engine.layers if x.store is not None]

@@ -16,13 +16,14 @@ from .compiling import uncompiled
 from .decode_graph import GraphedForward
 from .parallel import TensorParallel
 from .rotation import Rotation
-from .step import Part, Step
+from .step import Narrow, Part, Step
 from .tiers import LayerPlan
 
 if TYPE_CHECKING:
     import torch.utils.hooks
     from transformers import PreTrainedModel
 
+    from .engine import Engine
     from .policies import Policy
 
 STATE = "_kvcache_state"
@@ -72,18 +73,18 @@ class WrappedState:
             raise ValueError(
                 f"{policy}: selection needs the queries, but {name} computes attention itself and shows them to nobody"
             )
-        if policy.schedules and (stuck := self.plan.unskippable) is not None:
+        if (policy.schedules or policy.routes) and (stuck := self.plan.unskippable) is not None:
             raise ValueError(
                 f"{policy}: no layer of {name} can be skipped: layer {stuck} keeps a recurrent state or an indexer's "
                 "keys, or reads another layer's entries"
             )
-        if policy.observes and (self.materialised or self.plan.self_attending):
+        if (policy.observes or policy.routes) and (self.materialised or self.plan.self_attending):
             why = "makes keys of what is cached (MLA)" if self.materialised else "computes attention itself"
             raise ValueError(f"{policy} needs queries that are made for the cached keys, but {name} {why}")
         turns = "positions='compact'" if policy.positions == "compact" else str(policy) if policy.observes else None
         if turns is not None and isinstance(found := self._find_rotation(model), ValueError):
             raise ValueError(f"{turns} {found}")
-        if policy.schedules and not self.routed:
+        if (policy.schedules or policy.routes) and not self.routed:
             decoder_layers(model, len(self.windows))
 
     def rotation(self, model: PreTrainedModel) -> Rotation | None:
@@ -101,8 +102,8 @@ class WrappedState:
         return self._rotation
 
     def route(self, model: PreTrainedModel, policy: Policy) -> None:
-        """Make the decoder layers follow a schedule once a policy has one."""
-        if policy.schedules and not self.routed:
+        """Make the decoder layers follow a schedule or a routing once a policy has one."""
+        if (policy.schedules or policy.routes) and not self.routed:
             self.routed = route_layers(model, len(self.windows))
 
     def captures(self, model: PreTrainedModel) -> bool:
@@ -245,7 +246,8 @@ def hook_forward(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHand
 class RoutedForward:
     """Stands for ``forward`` of one decoder layer: tokens that skip the layer keep their hidden state.
 
-    Rows that all of their tokens skip are left out: the layer runs on the others alone.
+    Rows that all of their tokens skip (a schedule) and columns that are dropped from a prompt (token routing) are left
+    out: the layer runs on the others alone.
     """
 
     def __init__(self, layer: nn.Module, index: int, form: dict[str, Any]) -> None:
@@ -256,6 +258,8 @@ class RoutedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         frame = current_frame()
         step = None if frame is None or frame.cache is None else frame.cache.engine.step
+        if step is not None and frame is not None and frame.cache is not None and step.narrow is not None:
+            return self._narrowed(frame.cache.engine, step, step.narrow, args, kwargs)
         if step is not None and self.index in step.skipped:
             return self._as_output(args[0] if args else kwargs["hidden_states"])
         active = None if step is None else step.runs(self.index)
@@ -280,6 +284,21 @@ class RoutedForward:
             new = torch.where(runs, new, part.take(hidden))
         new = part.put(hidden, new)
         return (new, *others) if isinstance(out, tuple) else new
+
+    def _narrowed(self, engine: Engine, step: Step, narrow: Narrow, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The layer on the tokens of ``step`` that still run: by itself, as it may drop some in its turn."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if narrow.step is None:
+            narrow.settle(step, all(_token_dim(x, *hidden.shape[:2]) is not None for x in tree_leaves((args, kwargs))))
+        args, kwargs = _cut(narrow, (args, kwargs), hidden)
+        engine.step = narrow.step
+        try:
+            out = self(*args, **kwargs)
+        finally:
+            engine.step = step
+        if isinstance(out, tuple):
+            return (narrow.put(hidden, out[0]), *out[1:])
+        return narrow.put(hidden, out)
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         out = type(self.layer).forward(self.layer, *args, **kwargs)
@@ -330,6 +349,33 @@ def _pieces(step: Step, part: Part, inputs: Any, hidden: Tensor) -> Any:
         return step.pieces[key][1]
 
     return tree_map_only(Tensor, piece, inputs)
+
+
+def _token_dim(x: Any, rows: int, tokens: int) -> int | None:
+    """Which dimension of a layer's input ``x`` are the tokens, 0: none; None: that cannot be told."""
+    if not isinstance(x, Tensor) or tokens not in x.shape:
+        return 0
+    if x.ndim < 2 or x.shape[0] not in (1, rows):
+        return None
+    if x.ndim == 4:  # masks [rows, heads, tokens, columns]; anything else must leave no choice
+        return 2 if x.shape[2] == tokens != x.shape[1] else None
+    return 1 if x.ndim <= 3 and x.shape[1] == tokens else None
+
+
+def _cut(narrow: Narrow, inputs: Any, hidden: Tensor) -> Any:
+    """The ``inputs`` of a layer for the columns that run; what other layers get as well is cut once."""
+
+    def piece(x: Tensor) -> Tensor:
+        dim = _token_dim(x, *hidden.shape[:2])
+        if not dim:
+            return x
+        if x is hidden:
+            return narrow.take(x)
+        if id(x) not in narrow.pieces:
+            narrow.pieces[id(x)] = (x, narrow.take(x, dim))  # with x itself, so that its id stays its own
+        return narrow.pieces[id(x)][1]
+
+    return inputs if narrow.columns is None else tree_map_only(Tensor, piece, inputs)
 
 
 def decoder_layers(model: PreTrainedModel, count: int) -> list[nn.Module]:

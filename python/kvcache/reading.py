@@ -14,7 +14,7 @@ from . import ops
 from .dense_attention import dense_attention, fast_types
 from .layer_state import Layer, ObservedQueries, RecordedQueries
 from .policies.base import Policy
-from .step import Attention, Counted, Pages, Step
+from .step import Attention, Counted, Narrow, Pages, Step
 
 if TYPE_CHECKING:
     from .parallel import TensorParallel
@@ -46,11 +46,31 @@ class Reading:
         """
         step = self.step
         assert step is not None
+        new = layer.new
         out = self._read(layer, q, ask, dense, step)
         if step.prompt and self.policy.observes:
             layer.scale = ask.scale
             self._observe(layer, q if step.repeats is None else step.repeats.once(q), step)
+        if step.prompt and layer.index in self.policy.routes_after and step.tokens > 1:
+            assert new is not None
+            keys = new[0]
+            if step.repeats is not None:
+                q, keys = step.repeats.once(q), step.repeats.once(keys)
+            self._route_on(layer, q, keys, step)
         return out
+
+    def _route_on(self, layer: Layer, q: Tensor, keys: Tensor, step: Step) -> None:
+        """Ask the policy which tokens run the layers behind this one."""
+        kept = self.policy.route(layer.view(), q, keys, step.on(q.device, step.positions))
+        if kept is None:
+            return
+        runs = kept.cpu() & (step.positions >= 0)
+        if bool((runs | (step.positions < 0)).all()):
+            return  # no token is dropped
+        # Generation continues from the output of the last column, which is padding in rows padded on the right.
+        whole = step.whole or step
+        last = (step.at == whole.start + whole.tokens - 1) & (step.reach >= 0)
+        step.narrow = Narrow(runs | last)
 
     def _observe(self, layer: Layer, q: Tensor, step: Step) -> None:
         """Show the policy queries of a prompt, or note them while it is open which will be accepted."""
@@ -180,7 +200,7 @@ class Reading:
             and ask.mask is None
             and ask.sinks is None
             and ask.softcap == 0.0
-            and (layer.window is None or step.tokens <= layer.window)
+            and (layer.window is None or (step.tokens <= layer.window and step.whole is None))
             and (self.kv_dtype is None or self.kv_dtype == dtype)
         )
 

@@ -72,6 +72,69 @@ class Counted:
 
 
 @dataclass
+class Narrow:
+    """The tokens of a forward that run its later layers: a policy's answer, and what these layers are given.
+
+    ``runs`` bool [R, T], on the CPU, rows as the engine counts them. :meth:`settle` makes ``step``, the forward that
+    the later layers see: of K columns, the most that a row has, ``columns`` [rows of the model, K] int64 of the T;
+    where the inputs of layers cannot be cut, of all T columns (``columns`` None), those that do not run as padding.
+    ``active`` [rows of the model, K] bool says which columns run; shorter rows are filled up with others.
+    """
+
+    runs: Tensor
+    step: Step | None = None
+    columns: Tensor | None = None
+    active: Tensor | None = None
+    even: bool = False  # no row is filled up
+    pieces: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cut for all layers: by id, with the whole
+
+    def settle(self, whole: Step, cut: bool) -> Step:
+        """The step of the later layers, of the tokens of ``whole`` alone."""
+        if self.step is not None:
+            return self.step
+        active, order = self.runs, None
+        if cut:
+            most = int(active.sum(1).max())
+            order = (~active).int().argsort(dim=1, stable=True)[:, :most]
+            active = active.gather(1, order)
+        parts = (whole.positions, whole.reach, whole.at)
+        positions, reach, at = parts if order is None else (x.gather(1, order) for x in parts)
+        positions, reach = torch.where(active, positions, -1), torch.where(active, reach, -1)
+        added = (positions >= 0).sum(1, dtype=torch.int32).numpy()
+        step = Step(
+            whole.start, positions.shape[1], whole.rows, positions, reach, whole.before, whole.after, added,
+            whole.real, whole.prompt, whole.repeats,
+        )  # fmt: skip
+        step.columns, step.whole, step.counted = at, whole.whole or whole, whole.counted
+        if whole.repeats is not None:
+            active = whole.repeats.spread(active)
+            order = None if order is None else whole.repeats.spread(order)
+        self.step, self.columns, self.active, self.even = step, order, active, bool(active.all())
+        return step
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The columns that run of ``x``, whose dimension ``dim`` are the T: rows first, or one for all."""
+        if self.columns is None:
+            return x
+        index = self.columns.to(x.device)
+        shape = [len(index), *[1] * (x.ndim - 1)]
+        shape[dim] = index.shape[1]
+        wanted = [len(index), *x.shape[1:]]
+        wanted[dim] = index.shape[1]
+        return x.expand(len(index), *x.shape[1:]).gather(dim, index.view(shape).expand(wanted))
+
+    def put(self, x: Tensor, new: Tensor) -> Tensor:
+        """``x`` [rows, T, d] with ``new`` [rows, K, d] in place of the columns that run."""
+        assert self.active is not None
+        active = self.active.to(x.device)[:, :, None]
+        if self.columns is None:
+            return torch.where(active, new, x)
+        if not self.even:
+            new = torch.where(active, new, self.take(x))  # what fills a row up stays as it was
+        return x.scatter(1, self.columns.to(x.device)[:, :, None].expand_as(new), new)
+
+
+@dataclass
 class Step:
     """One forward of the model: which tokens it brings and where they stand.
 
@@ -95,6 +158,9 @@ class Step:
     repeats: Repeats | None = None  # the tensors here, and the stores, have one row of each kind until the step ends
     routed: dict[int, Tensor] = field(default_factory=dict)  # layer -> bool [R, T]: tokens that run it
     skipped: set[int] = field(default_factory=set)  # layers that no token runs
+    columns: Tensor | None = None  # int64 [R, T]: those of the tokens among all that were seen; None: the last T
+    whole: Step | None = None  # the forward of which this is the part that runs later layers
+    narrow: Narrow | None = None  # the tokens that run the layers behind the one that attended last
     counted: Counted | None = None  # queries that the policy's statistic counts; None: none of them
     ready: bool = False  # the host has settled all that this forward changes: its layers only launch kernels
     wrote: list[Layer] = field(default_factory=list)  # of a ready step: the layers that have stored its tokens
@@ -109,6 +175,13 @@ class Step:
     _starts: dict[int, Tensor] = field(default_factory=dict)
     _decode_starts: dict[int, Tensor] = field(default_factory=dict)
     _copies: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def at(self) -> Tensor:
+        """Columns of the tokens among all that were seen, int64 [R, T]."""
+        if self.columns is not None:
+            return self.columns
+        return torch.arange(self.start, self.start + self.tokens).expand(self.rows, -1)
 
     def runs(self, layer: int) -> Tensor | None:
         """Tokens that run ``layer``, bool [rows of the model, T]; None: all."""
@@ -141,13 +214,12 @@ class Step:
         """
         key = window * 2 + ahead
         if key not in self._starts:
-            column = torch.arange(self.start, self.start + self.tokens) + (ahead + 1 - window)
-            column = column.clamp(min=0)
+            column = (self.at + (ahead + 1 - window)).clamp(min=0)
             if self.real is None:
-                start = column.int().expand(self.rows, -1)
+                start = column.int()
             else:
                 passed = torch.nn.functional.pad(self.real.int().cumsum(1, dtype=torch.int32), (1, 0))
-                start = passed[:, column.clamp(max=passed.shape[1] - 1)]
+                start = passed.gather(1, column.clamp(max=passed.shape[1] - 1))
             self._starts[key] = start.contiguous()
         return self._starts[key]
 

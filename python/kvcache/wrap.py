@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from . import _C
 from .attention import NAME, cache_argument
-from .cache import KVCache, check_options, resolve_policy
+from .cache import KVCache, check_options, check_prefill, resolve_policy
 from .decode_graph import GraphedForward
 from .generate_batch import generate_batch
 from .layers import STATE, WrappedState, hook_forward, wrapped_state
@@ -65,6 +65,7 @@ def wrap(
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     resolved = resolve_policy(policy)
     check_options(page_size, kv_dtype, max_tokens, prefill)
+    check_prefill(resolved, prefill)
     if decode not in DECODE_MODES:
         raise ValueError(f"decode must be one of {DECODE_MODES}, got {decode!r}")
     name = type(model).__name__
@@ -187,5 +188,6 @@ def _prepare_cache(
             cache.engine.recording = False
         # In chunks nothing tells the last one; the policy must know when the whole prompt is there.
         columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        cache.engine.prompt_columns = columns
         cache.engine.prompt_length = columns if generation_config.prefill_chunk_size is not None else None
     return None

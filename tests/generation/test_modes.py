@@ -32,6 +32,7 @@ POLICIES = {
     "tova": kvcache.TOVA(9),
     "snapkv": kvcache.SnapKV(9, 4, 3),
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
+    "promptdistill": kvcache.PromptDistill(0, 9, truncate=1),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -49,6 +50,7 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "tova": kvcache.TOVA(200),
     "snapkv": kvcache.SnapKV(200, 4, 3),
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
+    "promptdistill": kvcache.PromptDistill(0, 200, truncate=1),
 }
 BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)
 BUDGETS["streamingllm"] = 11
@@ -193,6 +195,10 @@ def test_speculation(name, model, mode):
 def test_chunked_prefill(name, model, size):
     # TokenSelect's own chunks start at real tokens: in a padded batch they are cut elsewhere than the prompt's.
     ids, mask = (IDS[:1], MASK[:1]) if name == "tokenselect" else (IDS, MASK)
+    if POLICIES[name].routes and size < 30:  # a documented error
+        with pytest.raises(ValueError, match=f"needs the prompt at once.* got {size} of the 30 columns"):
+            greedy(model, ids, mask, NEW, prefill_chunk_size=size)
+        return
     out = greedy(model, ids, mask, NEW, prefill_chunk_size=size)
     assert torch.equal(out.sequences[:, 30:], alone(name)[: len(ids)])
     within_budget(name, out.past_key_values)

@@ -5,13 +5,13 @@ from functools import cache
 
 import pytest
 import torch
-from support.dense import CompactOracle, H2OOracle, Replay, TokenSelectOracle, dense_logits
+from support.dense import CompactOracle, DistillOracle, H2OOracle, Replay, TokenSelectOracle, dense_logits
 from support.models import build, padded
 from support.policies import GENEROUS, LAYERS, POLICIES, part, schedule, usual
 from support.runs import kept, own_log, run
 
 import kvcache
-from kvcache import H2O, TokenSelect
+from kvcache import H2O, PromptDistill, TokenSelect
 
 TOLERANCE = 5e-5  # float32; logits reach ±15, and what a policy changes is of the order of 1
 PROMPT, TOTAL = 44, 66
@@ -54,6 +54,7 @@ def test_o2_equals_dense_attention_under_the_replayed_mask(name, backend):
     kvcache.unwrap(model)
     active = schedule(policy, TOTAL, PROMPT)
     oracle = replay(model, result, policy, active)
+    active = active or getattr(oracle, "runs", None)
     close(result.logits[0], dense_logits(model, tokens(), oracle, active), name)
     clear(oracle)
     if name != "full":
@@ -71,11 +72,20 @@ def replay(model, result, policy, active):
     select = part(policy, TokenSelect)
     if select is not None:
         return select_oracle(model, select, active)
+    distill = part(policy, PromptDistill)
+    if distill is not None:
+        return distill_oracle(result, distill)
     oracle = Replay(own_log(result))
     if active is not None:  # whoever skips a layer leaves nothing there, also not within the prompt
         for t in range(PROMPT):
             oracle.log[t] = [[[p for p in range(t) if active(i)[p]]] * 2 for i in range(LAYERS)]
     return oracle
+
+
+def distill_oracle(result, policy):
+    stages = zip(*(x if isinstance(x, tuple) else (x,) for x in (policy.layer, policy.keep)))
+    counts = [(r, k if isinstance(k, int) else int(k * PROMPT)) for r, k in stages]
+    return DistillOracle(own_log(result), counts, policy.pool, PROMPT, TOTAL)
 
 
 def select_oracle(model, select, active=None):
@@ -109,6 +119,8 @@ def test_o3_later_tokens_change_nothing_before_them(name, backend):
     select = part(policy, TokenSelect)
     # A chunk votes together: TokenSelect is causal from chunk to chunk.
     inside = 25 if select is None else 5 * select.prefill_chunk
+    if policy.routes:  # the last query of a prompt decides what runs later layers: causal from prompt to prompt
+        inside = PROMPT
     first = run(wrapped(policy), tokens(), PROMPT)
     for t in (inside, PROMPT + 8):
         other = tokens().clone()
@@ -132,6 +144,10 @@ def test_o4_what_is_evicted_never_returns(name, backend):
 @pytest.mark.parametrize("name", POLICIES)
 def test_o5_a_prompt_in_chunks_is_the_prompt(name, backend):
     policy = POLICIES[name]
+    if policy.routes:  # exempt: nobody knows before the last chunk what earlier ones should have computed
+        with pytest.raises(ValueError, match=r"needs the prompt at once.* got 1 of the 44 columns"):
+            run(wrapped(policy), tokens(), PROMPT, chunks=[1, PROMPT - 1])
+        return
     size = policy.prefill_chunk  # set: the policy declares that its decisions depend on chunks of this size
     chunks = [1, 17, 2, 13, 11] if size is None else [4 * size, size, 2 * size, PROMPT - 7 * size]
     assert sum(chunks) == PROMPT
@@ -198,15 +214,15 @@ def test_o6_padding_in_the_middle(name, backend):
 
 @pytest.mark.parametrize("name", ["llama-mqa", "llama-gqa", "llama-mha"])
 @pytest.mark.parametrize(
-    "policy", ["h2o", "h2o-max", "random", "tova", "snapkv", "adakv", "tokenselect", "tokenselect-compact"]
+    "policy",
+    ["h2o", "h2o-max", "random", "tova", "snapkv", "adakv", "promptdistill", "tokenselect", "tokenselect-compact"],
 )
 def test_o7_query_heads_read_their_own_kv_head(policy, name, backend):
     model = wrapped(POLICIES[policy], name)
     result = run(model, tokens(), PROMPT)
     kvcache.unwrap(model)
-    select = part(POLICIES[policy], TokenSelect)
-    oracle = Replay(own_log(result)) if select is None else select_oracle(model, select)
-    close(result.logits[0], dense_logits(model, tokens(), oracle))
+    oracle = replay(model, result, POLICIES[policy], None)
+    close(result.logits[0], dense_logits(model, tokens(), oracle, getattr(oracle, "runs", None)))
     clear(oracle)
 
 
@@ -222,6 +238,7 @@ def test_o8_positions_and_what_lies_there(name, backend):
     kvcache.unwrap(model)
     active = schedule(policy, TOTAL, PROMPT)
     oracle, entries = replay(model, result, policy, active), {}
+    active = active or getattr(oracle, "runs", None)
     attend = oracle.attend
 
     def record(layer, q, k, v, *more):
@@ -266,6 +283,8 @@ def test_o9_bytes_are_what_the_pool_holds(name, page_size, backend):
             "expectedattention-slack": 8,
             "duoattention": TOTAL,
             "duoattention|skipdecode": TOTAL,
+            "promptdistill-stages": 22 + 1,
+            "promptdistill-truncate": 20 + 1,
         }
         budget = budget.get(name, 11)
         budget += policy.slack

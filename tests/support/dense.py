@@ -138,6 +138,48 @@ class Replay(Oracle):
         return seen
 
 
+class DistillOracle(Replay):
+    """PromptDistill from its paper: ``stages`` (layer, tokens kept), in order; what a stage drops is not there behind
+    its layer. Give ``dense_logits`` its :meth:`runs`. What the cache holds is replayed from the log."""
+
+    def __init__(self, log, stages: list[tuple[int, int]], pool: int, prompt: int, total: int) -> None:
+        super().__init__(log)
+        self.stages, self.pool, self.prompt, self.total = stages, pool, prompt, total
+        self.kept: dict[int, list[int]] = {}  # layer of a stage -> tokens of the prompt that go on
+        self.gap = math.inf  # smallest distance between the last chosen and the first left out
+
+    def on(self, layer: int) -> list[int]:
+        """Tokens of the prompt that run ``layer``."""
+        before = [r for r, _ in self.stages if r < layer]
+        return self.kept[before[-1]] if before else list(range(self.prompt))
+
+    def runs(self, layer: int) -> Tensor:
+        runs = torch.ones(self.total, dtype=torch.bool)
+        runs[: self.prompt] = False
+        runs[self.on(layer)] = True
+        return runs
+
+    def visible(self, layer, q, k, probabilities):
+        seen = super().visible(layer, q, k, probabilities)
+        seen[:, : self.prompt] &= self.runs(layer)
+        stages = dict(self.stages)
+        if layer in stages:
+            self.kept[layer] = self.choose(q, k, self.on(layer), stages[layer])
+        return seen
+
+    def choose(self, q: Tensor, k: Tensor, listed: list[int], keep: int) -> list[int]:
+        last, earlier = listed[-1], listed[:-1]
+        group, x = q.shape[0] // k.shape[0], []
+        for j in earlier:
+            x.append(sum(float(q[h, last] @ k[h // group, j]) for h in range(q.shape[0])) / q.shape[0])
+        half = self.pool // 2
+        s = [sum(x[max(i - half, 0) : i + half + 1]) / self.pool for i in range(len(x))]
+        order = sorted(range(len(s)), key=lambda i: (-s[i], i))
+        if len(order) > keep:
+            self.gap = min(self.gap, s[order[keep - 1]] - s[order[keep]])
+        return sorted([*(earlier[i] for i in order[:keep]), last])
+
+
 class H2OOracle(Oracle):
     """H2O from its paper: scores are column sums of the attention over what survives; predicts the kept sets.
 

@@ -18,6 +18,7 @@ from kvcache import (
     KNorm,
     LagKV,
     Policy,
+    PromptDistill,
     PyramidKV,
     RandomEviction,
     SkipDecode,
@@ -74,12 +75,17 @@ POLICIES: dict[str, Policy] = {
     "pyramidkv": PyramidKV(11, 4, 3, beta=4),
     "adakv": AdaKV(11, 4, 3),
     "adakv-evict": AdaKV(11, 4, 1, generated="evict"),
+    "promptdistill": PromptDistill(1, 9),
+    "promptdistill-stages": PromptDistill((0, 2), (0.5, 7), 3, truncate=1),
+    "promptdistill-truncate": PromptDistill((0, 1, 3), (20, 15, 4), truncate=-1),
+    "promptdistill|streamingllm": PromptDistill(1, 14) | StreamingLLM(sinks=2, window=9),
+    "h2o|promptdistill": H2O(6, 5) | PromptDistill((1, 2), (16, 13)),
 }
 
 #: One of each kind. In whole generations the others run in ``make test-slow`` (tests/conftest.py).
 EVERYDAY = (
     *("full", "streamingllm", "h2o", "tokenselect", "tokenselect-compact", "skipdecode", "h2o|skipdecode"),
-    *("snapkv", "adakv", "adakv-evict", "keydiff-slack"),
+    *("snapkv", "adakv", "adakv-evict", "keydiff-slack", "promptdistill"),
 )
 
 # The same kinds of policies with room for everything: they must change nothing.
@@ -106,6 +112,8 @@ GENEROUS: dict[str, Policy] = {
     "snapkv-evict": SnapKV(200, 8, generated="evict"),
     "pyramidkv": PyramidKV(200, 8, beta=2),
     "adakv": AdaKV(44, 8),
+    "promptdistill": PromptDistill((0, 2), (43, 0.98), truncate=-1),  # all but the last token of the prompt
+    "promptdistill-last": PromptDistill(4, 1),  # no layer is left to drop tokens from
 }
 
 

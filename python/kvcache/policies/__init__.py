@@ -11,6 +11,7 @@ from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
 from .lagkv import LagKV
+from .promptdistill import PromptDistill
 from .pyramidkv import PyramidKV
 from .random_eviction import RandomEviction
 from .skipdecode import SkipDecode
@@ -33,6 +34,7 @@ __all__ = [
     "KeyDiff",
     "LagKV",
     "Policy",
+    "PromptDistill",
     "PyramidKV",
     "RandomEviction",
     "Selection",

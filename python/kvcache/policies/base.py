@@ -49,8 +49,10 @@ class Policy:
             compute. The end of a prompt always leaves the budget. 0: every step evicts.
         card: what the catalogue says of it; only kvcache's own policies need one.
 
+        routes_after: layers after which :meth:`route` is asked, ascending.
+
     What a subclass may override
-        score (retention), allocate (retention), select (selection), layers (layer schedule).
+        score (retention), allocate (retention), select (selection), layers (layer schedule), route (token routing).
     """
 
     card: ClassVar[Card | None] = None
@@ -63,6 +65,7 @@ class Policy:
     sinks: int = 0
     recent: Budget = 0
     slack: int = 0
+    routes_after: tuple[int, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -179,6 +182,23 @@ class Policy:
         ``prompt``: the tokens belong to a prompt. A layer that a position runs must be run by all earlier ones.
         """
         return None
+
+    # -- token routing: which tokens of a prompt go on ---------------------------------------------------------------
+
+    @property
+    def routes(self) -> bool:
+        """Whether the policy drops tokens of a prompt from later layers."""
+        return bool(self.routes_after)
+
+    def route(self, layer: LayerView, queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor | None:
+        """Which tokens of a prompt run the layers after this one: bool [rows, T]; None: all of them.
+
+        Asked when one of the layers ``routes_after`` has attended, for the tokens that run it: ``queries`` [rows,
+        query_heads, T, D] and ``keys`` [rows, heads, T, D] as the model rotated them, ``positions`` [rows, T] int32
+        (-1: padding). What is dropped keeps its hidden state from here on and leaves no entry in later layers; the
+        token whose output generation continues from is never dropped. ``layer.prompt_span`` says where the prompt ends.
+        """
+        raise NotImplementedError
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if the policy cannot work on a model with ``num_layers`` decoder layers."""

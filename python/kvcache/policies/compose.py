@@ -12,7 +12,12 @@ from .base import Policy, Selection
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
-AXES = {"retains": "retention (what stays)", "selects": "selection (what is read)", "schedules": "layer schedule"}
+AXES = {
+    "retains": "retention (what stays)",
+    "selects": "selection (what is read)",
+    "schedules": "layer schedule",
+    "routes": "token routing (what later layers run)",
+}
 
 
 class _Composite(Policy):
@@ -34,6 +39,19 @@ class _Composite(Policy):
                 f"cannot combine {retention} | {selection}: {type(selection).__name__} reads from everything that was "
                 f"seen, and its heads vote on one set of entries, but {type(retention).__name__} evicts"
             )
+        schedule, routing = self._by_axis.get("schedules"), self._by_axis.get("routes")
+        if schedule is not None and routing is not None:
+            raise ValueError(
+                f"cannot combine {schedule} | {routing}: both decide which layers a token runs, and "
+                f"{type(routing).__name__} may ask tokens in layers that {type(schedule).__name__} lets them skip"
+            )
+        if selection is not None and routing is not None:
+            raise ValueError(
+                f"cannot combine {selection} | {routing}: {type(selection).__name__} reads from everything that was "
+                f"seen, but {type(routing).__name__} leaves tokens out of later layers"
+            )
+        if routing is not None:
+            self.routes_after = routing.routes_after
         if retention is not None:
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))
@@ -98,6 +116,9 @@ class _Composite(Policy):
 
     def layers(self, num_layers: int, positions: Tensor, prompt: bool) -> Tensor | None:
         return self._by_axis["schedules"].layers(num_layers, positions, prompt)
+
+    def route(self, layer: LayerView, queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor | None:
+        return self._by_axis["routes"].route(layer, queries, keys, positions)
 
     def check(self, num_layers: int) -> None:
         for part in self.parts:

@@ -61,7 +61,7 @@ def needs_prompt(policy: str, layers: int) -> bool:
     parsed = parse_policy(policy)
     # A prompt that skips layers leaves them without entries.
     partial = parsed.schedules and parsed.layers(layers, torch.zeros(1, 1, dtype=torch.int32), True) is not None
-    return bool(parsed.columns) or parsed.positions != "original" or partial
+    return bool(parsed.columns) or parsed.positions != "original" or partial or parsed.routes
 
 
 class _SameLayers(Sequence):
