@@ -29,6 +29,7 @@ POLICIES = (
     "snapkv(keep=9, window=4, pool=3)",
     "pyramidkv(keep=9, window=4, pool=3, beta=4, generated='evict')",
     "adakv(keep=9, window=4, pool=3)",
+    "promptdistill(layer=1, keep=9, truncate=1)",
 )
 PROMPT, NEW = 24, 12
 WORKER = """

@@ -85,7 +85,7 @@ POLICIES: dict[str, Policy] = {
 #: One of each kind. In whole generations the others run in ``make test-slow`` (tests/conftest.py).
 EVERYDAY = (
     *("full", "streamingllm", "h2o", "tokenselect", "tokenselect-compact", "skipdecode", "h2o|skipdecode"),
-    *("snapkv", "adakv", "adakv-evict", "keydiff-slack", "promptdistill"),
+    *("snapkv", "adakv", "adakv-evict", "keydiff-slack"),
 )
 
 # The same kinds of policies with room for everything: they must change nothing.
