@@ -396,6 +396,14 @@ class KVCache(Cache):
             theirs.__dict__.update(copy.deepcopy(_own_state(mine)))
         return twin
 
+    def scout(self) -> KVCache:
+        """A fork for the forward that finds out which tokens of a prompt the policy reads: see ``Policy.scout``."""
+        twin, scout = self.fork(), self.policy.scout
+        assert scout is not None
+        twin.engine.policy, twin.engine.scouting = scout, True
+        twin.engine.max_tokens, twin.engine.prompt_columns = None, self.engine.prompt_columns
+        return twin
+
     def __deepcopy__(self, memo: dict) -> KVCache:
         return self.fork()
 

@@ -21,7 +21,7 @@ from .layer_state import Layer
 from .policies.base import Policy
 from .policy_state import copied, joined
 from .reading import Reading
-from .step import Repeats, Step, StepInputs
+from .step import Narrow, Repeats, Step, StepInputs
 from .store import Added, LayerStore, PageStorage
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Engine(Reading, Evicting):
         self.prompt_tokens = torch.zeros(0, dtype=torch.int32)
         self.real: Tensor | None = None
         self.recording = False
+        self.scouting = False  # forwards end, with Scouted, where the policy has routed
         self.prompt_length: int | None = None  # columns of a prompt that arrives in chunks
         self.prompt_columns: int | None = None  # of the prompt given to generate(): behind them come drafts
         self.unplanned = False  # a prompt has been read and no budget was fixed since
@@ -84,11 +85,7 @@ class Engine(Reading, Evicting):
             raise ValueError(f"input_ids has {rows} rows, but the cache holds {known}")
         if tokens == 0:
             raise ValueError("input_ids is empty: a forward needs at least one new token")
-        if self.policy.routes and self._prompt_left > tokens:
-            raise ValueError(
-                f"{self.policy} needs the prompt at once, as its last token decides which others run later layers; got "
-                f"{tokens} of the {self._prompt_left} columns to come (leave prefill_chunk_size out)"
-            )
+        self.check_whole(tokens)
         same = None
         if first is not None and not known and not self.recording:  # what is recorded stays as it came
             same = Repeats.of(first)
@@ -108,13 +105,27 @@ class Engine(Reading, Evicting):
             reach = before[:, None] + count - 1
             positions = torch.where(new, reach, -1)
             added = count[:, -1].contiguous().numpy()
-        prompt = self.seen == 0 or (tokens > 1 and not self.recording) or self._prompt_left > 0
+        prompt = self.begins_prompt(tokens)
         step_ = Step(self.seen, tokens, rows, positions, reach, before, after, added, real, prompt, same)
         step_.counted = self._counted(step_)
         self._route(step_)
+        if self.policy.scout is not None and prompt and tokens > 1 and new is not None:
+            step_.narrow = Narrow.of(step_, new)
         self._reserve(step_)
         self._prepare(step_)
         self.step = step_
+
+    def begins_prompt(self, tokens: int) -> bool:
+        """Whether a forward of ``tokens`` columns brings a prompt or a part of one."""
+        return self.seen == 0 or (tokens > 1 and not self.recording) or self._prompt_left > 0
+
+    def check_whole(self, tokens: int) -> None:
+        """ValueError if ``tokens`` columns are a part of a prompt of which the policy needs the whole."""
+        if self.policy.routes and self._prompt_left > tokens:
+            raise ValueError(
+                f"{self.policy} needs the prompt at once, as its last token decides which others are run; got "
+                f"{tokens} of the {self._prompt_left} columns to come (leave prefill_chunk_size out)"
+            )
 
     @property
     def _prompt_left(self) -> int:

@@ -15,6 +15,7 @@ from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_fra
 from .compiling import uncompiled
 from .decode_graph import GraphedForward
 from .parallel import TensorParallel
+from .reading import Scouted
 from .rotation import Rotation
 from .step import Narrow, Part, Step
 from .tiers import LayerPlan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch.utils.hooks
     from transformers import PreTrainedModel
 
+    from .cache import KVCache
     from .engine import Engine
     from .policies import Policy
 
@@ -171,11 +173,45 @@ class OpenForward:
             mask = mask.to(device="cpu", dtype=torch.bool)
         else:
             mask = None
+        if cache.policy.scout is not None:
+            mask = self._filtered(module, cache, kwargs, inputs, mask)
         # A model that computes attention itself needs the entries of every row.
         shared = not cache.engine.seen and not state.plan.self_attending
         cache.begin(inputs.shape[0], inputs.shape[1], mask, first_alike(kwargs, inputs.shape[0]) if shared else None)
         set_frame(Frame(cache, state.original, self.model, module, frame))
         return (), kwargs
+
+    def _filtered(
+        self, module: nn.Module, cache: KVCache, kwargs: dict[str, Any], inputs: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """The mask of a forward, bool [rows, seen + T], without the tokens of a prompt that the policy leaves out.
+
+        Mask and positions in ``kwargs`` follow it. Raises ValueError for such as cannot.
+        """
+        engine, (rows, tokens) = cache.engine, inputs.shape[:2]
+        engine.check_whole(tokens)
+        names = parameters_of(type(module).forward)
+        for name in ("attention_mask", "position_ids"):
+            if isinstance(given := kwargs.get(name), Tensor) and given.ndim != 2:
+                raise ValueError(f"{cache.policy} needs {name} of two dimensions, got {tuple(given.shape)}")
+        if mask is None:
+            mask = torch.ones(rows, engine.seen + tokens, dtype=torch.bool)
+        if engine.real is not None and mask.shape == (len(engine.real), engine.seen + tokens):
+            mask = torch.cat([engine.real, mask[:, engine.seen :]], 1)
+
+        def tell(mask: Tensor) -> None:
+            kwargs["attention_mask"] = mask.to(inputs.device, torch.long)
+            if "position_ids" in names:
+                kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:].to(inputs.device)
+
+        tell(mask)
+        if tokens > 1 and engine.begins_prompt(tokens):
+            try:
+                module(**{**kwargs, cache_argument(names): cache.scout()})
+            except Scouted as found:
+                mask = torch.cat([mask[:, :-tokens], found.runs], 1)
+            tell(mask)
+        return mask
 
     def _wants_cache(self, kwargs: dict[str, Any]) -> bool:
         if self.model.training:

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 KV = ("keys", "values")
 
 
+class Scouted(Exception):
+    """Ends a forward that was to find out which tokens of a prompt to read: ``runs`` bool [rows of the model, T]."""
+
+    def __init__(self, runs: Tensor) -> None:
+        super().__init__("the tokens that a prompt is read with are known")
+        self.runs = runs
+
+
 class Reading:
     """Attention of the layers of one cache; the attributes are the engine's."""
 
@@ -34,6 +42,7 @@ class Reading:
     parallel: TensorParallel | None
     compact: bool
     recording: bool
+    scouting: bool
     prefill: str
     prompt_length: int | None
     unplanned: bool
@@ -62,15 +71,12 @@ class Reading:
     def _route_on(self, layer: Layer, q: Tensor, keys: Tensor, step: Step) -> None:
         """Ask the policy which tokens run the layers behind this one."""
         kept = self.policy.route(layer.view(), q, keys, step.on(q.device, step.positions))
-        if kept is None:
-            return
-        runs = kept.cpu() & (step.positions >= 0)
-        if bool((runs | (step.positions < 0)).all()):
-            return  # no token is dropped
-        # Generation continues from the output of the last column, which is padding in rows padded on the right.
-        whole = step.whole or step
-        last = (step.at == whole.start + whole.tokens - 1) & (step.reach >= 0)
-        step.narrow = Narrow(runs | last)
+        real = step.positions >= 0
+        runs = real if kept is None else kept.cpu() & real
+        if self.scouting:
+            raise Scouted(runs if step.repeats is None else step.repeats.spread(runs))
+        if not torch.equal(runs, real):
+            step.narrow = Narrow.of(step, runs)
 
     def _observe(self, layer: Layer, q: Tensor, step: Step) -> None:
         """Show the policy queries of a prompt, or note them while it is open which will be accepted."""

@@ -88,6 +88,14 @@ class Narrow:
     even: bool = False  # no row is filled up
     pieces: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cut for all layers: by id, with the whole
 
+    @classmethod
+    def of(cls, step: Step, runs: Tensor) -> Narrow:
+        """Of the tokens ``runs`` bool [R, T], and of the last column of the forward, from whose output generation
+        continues: it is padding in rows padded on the right."""
+        whole = step.whole or step
+        last = (step.at == whole.start + whole.tokens - 1) & (step.reach >= 0)
+        return cls(runs | last)
+
     def settle(self, whole: Step, cut: bool) -> Step:
         """The step of the later layers, of the tokens of ``whole`` alone."""
         if self.step is not None:

@@ -34,6 +34,7 @@ POLICIES = {
     "snapkv|skipdecode": kvcache.SnapKV(0.3, 4, 3) | SKIP,
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
     "promptdistill": kvcache.PromptDistill(0, 0.3, truncate=1),
+    "gemfilter": kvcache.GemFilter(1, 0.3),
 }
 LENGTHS = (30, 7, 19, 44, 1, 23, 30)
 PROMPTS = [prompt(n, seed=40 + i)[0].tolist() for i, n in enumerate(LENGTHS)]

@@ -33,6 +33,7 @@ POLICIES = {
     "snapkv": kvcache.SnapKV(9, 4, 3),
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
     "promptdistill": kvcache.PromptDistill(0, 9, truncate=1),
+    "gemfilter": kvcache.GemFilter(0, 9),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -51,6 +52,7 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "snapkv": kvcache.SnapKV(200, 4, 3),
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
     "promptdistill": kvcache.PromptDistill(0, 200, truncate=1),
+    "gemfilter": kvcache.GemFilter(0, 200),
 }
 BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)
 BUDGETS["streamingllm"] = 11
@@ -185,7 +187,7 @@ def test_speculation(name, model, mode):
     assert not any(layer.pending for layer in cache.engine.layers)
     within_budget(name, cache)
     assert torch.equal(greedy(model, ids, None, NEW, **options).sequences, out.sequences)
-    if name in ("full", "skipdecode"):
+    if name in ("full", "skipdecode", "gemfilter"):
         assert torch.equal(continued(model, ids, None, NEW), out.sequences[:, 29:])
     expected = continued(kvcache.unwrap(model), ids, None, NEW)
     assert torch.equal(continued(kvcache.wrap(model, ROOMY[name]), ids, None, NEW, **options), expected)

@@ -30,6 +30,7 @@ POLICIES = (
     "pyramidkv(keep=9, window=4, pool=3, beta=4, generated='evict')",
     "adakv(keep=9, window=4, pool=3)",
     "promptdistill(layer=1, keep=9, truncate=1)",
+    "gemfilter(layer=1, keep=9)",
 )
 PROMPT, NEW = 24, 12
 WORKER = """

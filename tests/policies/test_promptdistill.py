@@ -221,7 +221,7 @@ def test_rows_of_a_batch_choose_for_themselves(policy):
 
 @pytest.mark.parametrize("policy", [PromptDistill(1, 5), PromptDistill(1, 5, truncate=1)], ids=str)
 def test_a_later_turn_drops_tokens_of_its_own(policy):
-    model, cache = model_of(policy), None
+    model = model_of(policy)
     cache = kvcache.KVCache(model)
     with torch.no_grad():
         model(prompt(LENGTH), past_key_values=cache)

@@ -14,6 +14,7 @@ from kvcache import (
     DuoAttention,
     ExpectedAttention,
     Full,
+    GemFilter,
     KeyDiff,
     KNorm,
     LagKV,
@@ -80,6 +81,8 @@ POLICIES: dict[str, Policy] = {
     "promptdistill-truncate": PromptDistill((0, 1, 3), (20, 15, 4), truncate=-1),
     "promptdistill|streamingllm": PromptDistill(1, 14) | StreamingLLM(sinks=2, window=9),
     "h2o|promptdistill": H2O(6, 5) | PromptDistill((1, 2), (16, 13)),
+    "gemfilter": GemFilter(2, 9),
+    "gemfilter|streamingllm": GemFilter(1, 0.5) | StreamingLLM(sinks=2, window=9),
 }
 
 #: One of each kind. In whole generations the others run in ``make test-slow`` (tests/conftest.py).
@@ -113,6 +116,7 @@ GENEROUS: dict[str, Policy] = {
     "pyramidkv": PyramidKV(200, 8, beta=2),
     "adakv": AdaKV(44, 8),
     "promptdistill": PromptDistill((0, 2), (43, 0.98), truncate=-1),  # all but the last token of the prompt
+    "gemfilter": GemFilter(4, 43),
     "promptdistill-last": PromptDistill(4, 1),  # no layer is left to drop tokens from
 }
 

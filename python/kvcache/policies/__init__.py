@@ -7,6 +7,7 @@ from .compose import compose
 from .duoattention import DuoAttention
 from .expected_attention import ExpectedAttention
 from .full import Full
+from .gemfilter import GemFilter
 from .h2o import H2O
 from .keydiff import KeyDiff
 from .knorm import KNorm
@@ -30,6 +31,7 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "Full",
+    "GemFilter",
     "KNorm",
     "KeyDiff",
     "LagKV",

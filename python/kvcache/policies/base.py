@@ -50,6 +50,8 @@ class Policy:
         card: what the catalogue says of it; only kvcache's own policies need one.
 
         routes_after: layers after which :meth:`route` is asked, ascending.
+        scout: a policy whose :meth:`route`, first asked in a forward of its own that ends there, says which tokens of a
+            prompt are read at all: the others count as padding, so that positions have no gaps.
 
     What a subclass may override
         score (retention), allocate (retention), select (selection), layers (layer schedule), route (token routing).
@@ -66,6 +68,7 @@ class Policy:
     recent: Budget = 0
     slack: int = 0
     routes_after: tuple[int, ...] = ()
+    scout: Policy | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -187,8 +190,8 @@ class Policy:
 
     @property
     def routes(self) -> bool:
-        """Whether the policy drops tokens of a prompt from later layers."""
-        return bool(self.routes_after)
+        """Whether the policy drops tokens of a prompt from later layers, or from all."""
+        return bool(self.routes_after) or self.scout is not None
 
     def route(self, layer: LayerView, queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor | None:
         """Which tokens of a prompt run the layers after this one: bool [rows, T]; None: all of them.

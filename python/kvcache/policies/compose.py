@@ -16,7 +16,7 @@ AXES = {
     "retains": "retention (what stays)",
     "selects": "selection (what is read)",
     "schedules": "layer schedule",
-    "routes": "token routing (what later layers run)",
+    "routes": "token routing (which tokens of a prompt run)",
 }
 
 
@@ -48,10 +48,10 @@ class _Composite(Policy):
         if selection is not None and routing is not None:
             raise ValueError(
                 f"cannot combine {selection} | {routing}: {type(selection).__name__} reads from everything that was "
-                f"seen, but {type(routing).__name__} leaves tokens out of later layers"
+                f"seen, but {type(routing).__name__} leaves tokens of a prompt out"
             )
         if routing is not None:
-            self.routes_after = routing.routes_after
+            self.routes_after, self.scout = routing.routes_after, routing.scout
         if retention is not None:
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))

@@ -79,12 +79,7 @@ class PromptDistill(Policy):
         return self.keep if isinstance(self.keep, tuple) else (self.keep,)
 
     def check(self, num_layers: int) -> None:
-        for r in self.routes_after:
-            if r >= num_layers:
-                raise ValueError(
-                    f"{self}: there is no layer {r} among the {num_layers} decoder layers of this model, 0 to "
-                    f"{num_layers - 1}"
-                )
+        check_layers(self, self.routes_after, num_layers)
 
     def route(self, layer: LayerView, queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor | None:
         stage = self.routes_after.index(layer.index)
@@ -157,3 +152,13 @@ def pooled(x: Tensor, candidates: Tensor, pool: int) -> Tensor:
     """``x`` [rows, n] averaged over ``pool`` neighbours; others than ``candidates`` count as 0 and get -inf."""
     scores = F.avg_pool1d(torch.where(candidates, x, 0.0)[:, None], pool, 1, pool // 2)[:, 0]
     return scores.masked_fill(~candidates, float("-inf"))
+
+
+def check_layers(policy: Policy, layers: tuple[int, ...], num_layers: int) -> None:
+    """ValueError if one of ``layers`` is none of a model of ``num_layers`` decoder layers."""
+    for r in layers:
+        if r >= num_layers:
+            raise ValueError(
+                f"{policy}: there is no layer {r} among the {num_layers} decoder layers of this model, 0 to "
+                f"{num_layers - 1}"
+            )
