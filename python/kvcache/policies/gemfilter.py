@@ -23,6 +23,7 @@ class GemFilter(Policy):
         keep: tokens of a prompt beside e that are read: an int, or a share of the prompt (rounded down, at least one).
         pool: neighbours, the token in the middle, whose scores are averaged; odd; 1: none.
 
+    Defaults are those of the official code, where e competes for its place like the others and counts in ``keep``.
     Every forward of several tokens is a prompt: of a later turn its own tokens are filtered, by its own last query,
     which sees what was kept before. A prompt must come at once. Logits at tokens that were left out mean nothing.
     """
