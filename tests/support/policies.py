@@ -81,6 +81,7 @@ POLICIES: dict[str, Policy] = {
     "promptdistill-truncate": PromptDistill((0, 1, 3), (20, 15, 4), truncate=-1),
     "promptdistill|streamingllm": PromptDistill(1, 14) | StreamingLLM(sinks=2, window=9),
     "h2o|promptdistill": H2O(6, 5) | PromptDistill((1, 2), (16, 13)),
+    "promptdistill|snapkv": PromptDistill(1, 15) | SnapKV(11, 4, 3),
     "gemfilter": GemFilter(2, 9),
     "gemfilter|streamingllm": GemFilter(1, 0.5) | StreamingLLM(sinks=2, window=9),
 }
