@@ -55,6 +55,8 @@ def needs(policy: type[Policy]) -> str:
         found.append("queries of the prompt")
     if policy.select is not Policy.select:
         found.append("the queries of every step")
-    if policy.columns:
+    if policy.routes_after or policy.scout is not None:
+        found.append("a prompt at once")
+    if isinstance(policy.columns, tuple) and policy.columns:  # not where they depend on the arguments
         found.append("a number beside every entry")
     return ", ".join(found)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .base import Policy
 from .budget import check_count
+from .card import Card
 from .promptdistill import PromptDistill, check_layers
 
 
@@ -27,6 +29,17 @@ class GemFilter(Policy):
     Every forward of several tokens is a prompt: of a later turn its own tokens are filtered, by its own last query,
     which sees what was kept before. A prompt must come at once. Logits at tokens that were left out mean nothing.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2409.17422, Algorithm 1",
+        rule=(
+            "PromptDistill's scores at `layer`, in a forward that ends there; then the prompt is read anew with the "
+            "`keep` best tokens and the last one alone, at positions without gaps."
+        ),
+        holds="`keep + 1` of the prompt, and what follows",
+        cost="nothing; a prompt takes less",
+        use="As PromptDistill, with less memory and small positions; what is left out is gone in all layers.",
+    )
 
     layer: int = 13
     keep: int | float = 1024

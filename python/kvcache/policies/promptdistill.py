@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .base import Policy
 from .budget import check_budget, check_count
+from .card import Card
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -41,6 +42,17 @@ class PromptDistill(Policy):
     own, by its own last query. A prompt must come at once. Logits at dropped tokens come from an early layer and mean
     nothing; those at e are what generation needs.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2503.23274, section 3",
+        rule=(
+            "After `layer` the prompt's last token e scores the earlier ones: mean over query heads of q_e·k_j / √D, "
+            "averaged over `pool` neighbours; the `keep` best and e run the later layers."
+        ),
+        holds="later layers: `keep + 1` of the prompt; the first: all, or as much (`truncate`); and what follows",
+        cost="nothing; a prompt takes less",
+        use="Long prompts that end with the question: later layers read little of them. Not for prompts in chunks.",
+    )
 
     layer: int | tuple[int, ...] = 13
     keep: int | float | tuple[int | float, ...] = 1024
