@@ -12,6 +12,8 @@ from . import ops
 from ._C import OutOfPages, PagePool
 from .cache import KVCache
 from .engine import PromptTooLong
+from .gate_training import GateRecipe, train_gates
+from .gates import Gates
 from .layer_state import LayerView
 from .policies import (
     H2O,
@@ -31,6 +33,7 @@ from .policies import (
     SnapKV,
     StreamingLLM,
     TokenSelect,
+    TrimKV,
     parse_policy,
 )
 from .report import Report
@@ -44,6 +47,8 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "Full",
+    "GateRecipe",
+    "Gates",
     "KNorm",
     "KVCache",
     "KeyDiff",
@@ -61,9 +66,11 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "TokenSelect",
+    "TrimKV",
     "__version__",
     "ops",
     "parse_policy",
+    "train_gates",
     "unwrap",
     "wrap",
 ]

@@ -39,6 +39,10 @@ CAPTURED = (
     "snapkv|skipdecode",
     "pyramidkv",
     "adakv-evict",
+    "trimkv",
+    "trimkv-slack",
+    "trimkv-global",
+    "trimkv|skipdecode",
 )
 
 

@@ -24,7 +24,9 @@ from kvcache import (
     SnapKV,
     StreamingLLM,
     TokenSelect,
+    TrimKV,
 )
+from support.gates import random_gates
 
 LAYERS = 5
 RETRIEVAL = ((True, False), (False, False), (False, True), (True, True), (False, False))
@@ -74,6 +76,10 @@ POLICIES: dict[str, Policy] = {
     "pyramidkv": PyramidKV(11, 4, 3, beta=4),
     "adakv": AdaKV(11, 4, 3),
     "adakv-evict": AdaKV(11, 4, 1, generated="evict"),
+    "trimkv": TrimKV(random_gates(LAYERS), 11, slack=0, sinks=1, recent=2),
+    "trimkv-slack": TrimKV(random_gates(LAYERS), 0.25, slack=5),
+    "trimkv-global": TrimKV(random_gates(LAYERS), 11, slack=3, recent=2, allocation="global", floor=0.3),
+    "trimkv|skipdecode": TrimKV(random_gates(LAYERS), 11, slack=2) | SkipDecode(**SKIP),
 }
 
 #: One of each kind. In whole generations the others run in ``make test-slow`` (tests/conftest.py).
@@ -106,6 +112,8 @@ GENEROUS: dict[str, Policy] = {
     "snapkv-evict": SnapKV(200, 8, generated="evict"),
     "pyramidkv": PyramidKV(200, 8, beta=2),
     "adakv": AdaKV(44, 8),
+    "trimkv": TrimKV(random_gates(LAYERS), 60, slack=6),
+    "trimkv-global": TrimKV(random_gates(LAYERS), 66, slack=0, allocation="global"),
 }
 
 
