@@ -1,6 +1,7 @@
 """Training of retention gates: the loss is the paper's, the model stays as it is, resumed is uninterrupted."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_training_lowers_the_loss_and_touches_nothing_but_gates(tmp_path):
     )  # fmt: skip
     assert [n for n, _ in seen] == list(range(1, 31))
     first, last = (sum(values.values()) for values in (seen[0][1], seen[-1][1]))
-    assert last < 0.8 * first, (seen[0], seen[-1])
+    assert last < first - 0.5, (seen[0], seen[-1])
     assert seen[-1][1]["capacity"] < 0.5 * seen[0][1]["capacity"]
     assert model.training
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
@@ -205,7 +206,7 @@ def test_what_train_gates_refuses(tmp_path):
         train_gates(model, out, batches=batches, resume=True)
     with pytest.raises(ValueError, match="train_gates needs the hidden states.*MLA"):
         train_gates(build("deepseek-v3"), out, batches=batches)
-    with pytest.raises(ValueError, match="LlamaForCausalLM comes with none; pass one, or batches"):
+    with pytest.raises(ValueError, match="this LlamaForCausalLM comes from no folder; pass one, or batches"):
         train_gates(model, out)
     kvcache.wrap(model)
     with pytest.raises(ValueError, match="LlamaForCausalLM is wrapped: call kvcache.unwrap"):
@@ -217,13 +218,13 @@ def test_what_train_gates_refuses(tmp_path):
 
 
 class Words:
-    """A tokenizer of words: ids by first come, 1 in front of every text."""
+    """A tokenizer of words, of five letters at most: ids by first come, 1 in front of every text."""
 
     def __init__(self):
         self.known = {}
 
     def __call__(self, text, add_special_tokens=True):
-        ids = [self.known.setdefault(w, len(self.known) + 2) for w in text.replace(";", " ; ").split()]
+        ids = [self.known.setdefault(w, len(self.known) + 2) for w in re.findall(r"\S{1,5}", text)]
         return {"input_ids": [1, *ids] if add_special_tokens else ids}
 
 

@@ -40,7 +40,6 @@ CAPTURED = (
     "pyramidkv",
     "adakv-evict",
     "trimkv",
-    "trimkv-slack",
     "trimkv-global",
     "trimkv|skipdecode",
 )

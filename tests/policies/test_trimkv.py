@@ -372,7 +372,7 @@ def test_gates_of_another_model_are_refused_at_wrap(make, message):
     ("make", "message"),
     [
         (lambda: build("deepseek-v3"), "layer 0 of DeepseekV3ForCausalLM makes keys of what is cached"),
-        (lambda: tiny_model(BloomForCausalLM), "layer 0 of BloomForCausalLM computes attention itself"),
+        (lambda: tiny_model(BloomForCausalLM, "bloom"), "layer 0 of BloomForCausalLM computes attention itself"),
     ],
 )
 def test_models_whose_attention_shows_no_hidden_states(make, message):

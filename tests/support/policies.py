@@ -77,7 +77,6 @@ POLICIES: dict[str, Policy] = {
     "adakv": AdaKV(11, 4, 3),
     "adakv-evict": AdaKV(11, 4, 1, generated="evict"),
     "trimkv": TrimKV(random_gates(LAYERS), 11, slack=0, sinks=1, recent=2),
-    "trimkv-slack": TrimKV(random_gates(LAYERS), 0.25, slack=5),
     "trimkv-global": TrimKV(random_gates(LAYERS), 11, slack=3, recent=2, allocation="global", floor=0.3),
     "trimkv|skipdecode": TrimKV(random_gates(LAYERS), 11, slack=2) | SkipDecode(**SKIP),
 }

@@ -27,14 +27,12 @@ MIX = {"passkey": 1.0, "text": 1.0, "two_hop": 0.5, "frequent_words": 0.3, "copy
 def batches_for(model: PreTrainedModel, recipe: GateRecipe, text: str | None = None, tokenizer: Any = None) -> Batches:
     """Batches for :func:`kvcache.train_gates`: windows of ``text``, or the tasks, by the model's tokenizer.
 
-    Raises ValueError when there is no tokenizer, or ``text`` has fewer tokens than a sequence.
+    Raises ValueError when no tokenizer is known, or ``text`` has fewer tokens than a sequence.
     """
     if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
-        except (OSError, ValueError) as error:
-            name = model.name_or_path or type(model).__name__
-            raise ValueError(f"tokenizer: {name} comes with none; pass one, or batches ({error})") from None
+        if not model.name_or_path:
+            raise ValueError(f"tokenizer: this {type(model).__name__} comes from no folder; pass one, or batches")
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     if text is not None:
         return _windows(np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"]), recipe, tokenizer)
     if _speaks_bytes(tokenizer):
@@ -78,13 +76,14 @@ def _tokenised_tasks(recipe: GateRecipe, tokenizer: Any) -> Batches:
     names, shares = list(MIX), np.array(list(MIX.values())) / sum(MIX.values())
 
     def sequence(generator: TaskGenerator, task: str, length: int) -> list[int]:
-        width = 4 * length
-        while True:
+        for width in (4 * length, 8 * length, 16 * length):
             text = decode(generator.sample(task, width).tokens[1:])
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
             if len(ids) >= length:
                 return ids[len(ids) - length :]
-            width *= 2
+        raise ValueError(
+            f"tokenizer: it makes {len(ids)} tokens of {width} letters of the task {task}; pass text or batches"
+        )
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
         generator = TaskGenerator((recipe.seed, step))
