@@ -104,19 +104,22 @@ def fading_attention(
     visible = attention_mask
     if visible is None:
         visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    logits = query.unflatten(1, (heads, -1)) @ key[:, :, None].transpose(-1, -2)  # [B, H, group, T, T]
-    logits = logits.float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    if _run.gates is not None:
+    if _run.gates is None:
+        bias = torch.zeros(visible.shape, device=query.device).masked_fill(~visible, float("-inf"))
+    else:
         index = index_of(module)
         assert index is not None
         log_beta = _run.gates.log_beta(index, _run.hidden.pop(index))
         place = torch.arange(tokens, device=query.device)
-        fading = (place[:, None] - place).clamp(min=0) * log_beta[:, :, None]  # [B, H, T, T]
-        _run.excess.append(capacity_loss(fading.masked_fill(~visible, float("-inf")), _run.capacity))
-        logits = logits + fading[:, :, None]
-    logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
+        bias = (place[:, None] - place).clamp(min=0) * log_beta[:, :, None]  # [B, H, T, T]
+        bias = bias.masked_fill(~visible, float("-inf"))
+        _run.excess.append(capacity_loss(bias, _run.capacity))
+    # What is of the size of all heads is passed over as seldom as can be: it is most of the time of a step.
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    logits = (query.unflatten(1, (heads, -1)) @ key[:, :, None].transpose(-1, -2)).float()  # [B, H, group, T, T]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits + bias[:, :, None]
     if s_aux is not None:
         sink = s_aux.float().view(1, heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, sink], -1)
