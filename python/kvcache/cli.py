@@ -42,7 +42,7 @@ Show versions, the backend and instruction set in use, what is known of CUDA, an
 registered and agrees with its plain-torch reference. Exit code 1 if something is wrong."""
 
 
-#: Options of train-gates that are fields of kvcache.GateRecipe, which has their defaults.
+#: Options of train-gates: fields of kvcache.GateRecipe, which has their defaults.
 _RECIPE = (
     (
         "capacity",
@@ -84,7 +84,7 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import __version__
+    from . import GateRecipe, __version__
 
     parser = argparse.ArgumentParser(
         prog="kvcache", description="A paged, policy-driven KV cache for Hugging Face models."
@@ -180,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         "--save-every", type=_positive, default=50, metavar="STEPS", help="between checkpoints (%(default)s)"
     )
     for name, kind, metavar, text in _RECIPE:
-        gates.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+        default = getattr(GateRecipe, name)
+        option = f"--{name.replace('_', '-')}"
+        gates.add_argument(option, type=kind, metavar=metavar, default=default, help=f"{text} (%(default)s)")
 
     add("doctor", "check this installation", _DOCTOR)
     return parser
@@ -285,7 +287,7 @@ def _train_gates(o: argparse.Namespace) -> None:
         dtype=o.dtype,
         resume=o.resume,
         save_every=o.save_every,
-        **{name: getattr(o, name) for name, *_ in _RECIPE if getattr(o, name) is not None},
+        **{name: getattr(o, name) for name, *_ in _RECIPE},
     )
 
 

@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from .attention import cache_argument, parameters_of
 from .gates import Gates, file_of
 from .layers import hidden_modules, wrapped_state
+from .parallel import tensor_parallel
 from .policies.budget import check_count
 from .tiers import index_of, plan_layers
 from .wrap import _set_implementation
@@ -252,6 +253,8 @@ def train_gates(
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     if wrapped_state(model) is not None:
         raise ValueError(f"{type(model).__name__} is wrapped: call kvcache.unwrap(model) before its gates are trained")
+    if len({p.device for p in model.parameters()}) > 1 or tensor_parallel(model) is not None:
+        raise ValueError(f"{type(model).__name__} is spread over devices: gates are trained on one")
     modules = hidden_modules(model, plan_layers(model), "train_gates")
     shapes = gate_shapes(model, modules)
     if batches is None:

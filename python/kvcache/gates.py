@@ -62,6 +62,7 @@ class Gates(nn.Module):
             raise ValueError("shapes is empty: gates need at least one layer")
         self.width = width
         self.metadata: dict[str, str] = {}
+        self.path: str | None = None  # the file that they were saved to or loaded from last
         self._copies: dict[torch.device, Gates] = {}
         generator = torch.Generator().manual_seed(seed)
         gates = {str(i): _Gate(*shapes[i], width, bias, generator) for i in sorted(shapes)}
@@ -90,6 +91,10 @@ class Gates(nn.Module):
         if device not in self._copies:
             self._copies[device] = copy.deepcopy(self).to(device)
         return self._copies[device]
+
+    def __repr__(self) -> str:
+        # As a value in the text form of a policy, which cannot be read again without a file.
+        return repr("<gates in memory>" if self.path is None else self.path)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}}
@@ -128,7 +133,7 @@ class Gates(nn.Module):
         save_file(tensors, staging, metadata={**told, "format": "pt"})
         staging.chmod(0o644)  # safetensors files are born private
         staging.replace(file)
-        self.metadata = told
+        self.metadata, self.path = told, str(file)
         return file
 
     @classmethod
@@ -166,6 +171,7 @@ class Gates(nn.Module):
         except RuntimeError as error:
             raise ValueError(f"gates: {file} is incomplete: {' '.join(str(error).split())}") from None
         gates.metadata = {k: v for k, v in metadata.items() if k != "format"}
+        gates.path = str(file)
         return gates.requires_grad_(False)
 
 

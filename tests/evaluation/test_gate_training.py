@@ -84,7 +84,7 @@ def test_what_a_head_forgets_is_gone_from_its_own_group_alone():
         (excess,) = gate_training._run.excess
     finally:
         gate_training._run = gate_training._Run()
-    log_beta = gates.log_beta(0, hidden)[0]
+    log_beta = gates.log_beta(0, hidden)[0].detach()
     total = 0.0
     for h in range(6):
         for t in range(7):

@@ -398,6 +398,8 @@ def test_the_text_form_names_the_file(tmp_path):
     by_folder = TrimKV(tmp_path, 0.25, slack=0, recent=3, allocation="global")
     assert run(kvcache.wrap(model, by_folder), tokens(), PROMPT).log == by_file
     by_object = TrimKV(Gates.load(policy.gates), 0.25, slack=0, recent=3, allocation="global")
+    assert str(by_object) == str(policy)
+    assert str(TrimKV(gates_of_one_channel())) == "trimkv(gates='<gates in memory>', keep=1024, slack=128)"
     assert run(kvcache.wrap(model, by_object), tokens(), PROMPT).log == by_file
 
 

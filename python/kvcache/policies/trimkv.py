@@ -33,7 +33,7 @@ class TrimKV(_Keeping):
 
     Arguments
         gates: the file that ``kvcache train-gates`` wrote for the model (or a folder with a ``gates.safetensors``), or
-            :class:`kvcache.Gates`. Only a path has a text form that can be read again.
+            :class:`kvcache.Gates`. In the text form: the file; gates that were never saved have none.
         keep: entries per kv head: an int, a share of the prompt, or bytes (the paper's M, 256 to 4096 there).
         slack: entries by which a head may exceed ``keep`` while decoding, before it is brought back to it (the
             paper's buffer of 128).
