@@ -11,6 +11,7 @@ the official code multiply logits by it, which leaves a forgotten token the logi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -272,6 +273,7 @@ def train_gates(
         gates.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
     about = {"model": type(model).__name__, "shapes": {str(k): list(v) for k, v in shapes.items()}, **asdict(settings)}
+    about["data"] = hashlib.sha256(batches(0)[0].numpy().tobytes()).hexdigest()[:16]
     begin = _restore(state, about, gates, optimizer) if resume else 0
     with _exchanged(model, modules):
         for step in range(begin, settings.steps):

@@ -177,6 +177,8 @@ def test_a_resumed_training_is_the_same_bit_for_bit(stop, tmp_path):
         train_gates(model, part, batches=batches, **TINY)
     with pytest.raises(ValueError, match="was begun with lr=0.05, not 0.01"):
         train_gates(model, part, batches=batches, resume=True, **{**TINY, "lr": 0.01})
+    with pytest.raises(ValueError, match="was begun with data="):
+        train_gates(model, part, batches=lambda step: batches(step + 1), resume=True, **TINY)
     steps = []
     torch.rand(3)  # a training takes nothing from the generator of the process
     again = train_gates(model, part, batches=batches, resume=True, progress=lambda n, _: steps.append(n), **TINY)
