@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     gates.add_argument("--text", type=Path, metavar="FILE", help="train on this text")
     gates.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (%(default)s)")
-    gates.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (CPU: float32)")
+    gates.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (as stored)")
     gates.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads (%(default)s)")
     gates.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted training")
     gates.add_argument(

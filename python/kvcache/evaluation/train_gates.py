@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..gate_training import GateRecipe, train_gates
 from ..gates import Gates
 from .console import console, ticking
-from .loading import shipped_folder
+from .loading import load_model, load_tokenizer
 
 __all__ = ["run"]
 
@@ -34,14 +33,11 @@ def run(
     """
     settings = GateRecipe(**recipe)  # before a model is loaded
     screen = console()
-    source = folder or str(shipped_folder())
     if text is not None and not text.is_file():
         raise ValueError(f"--text: there is no file {text}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = getattr(torch, dtype) if dtype else torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=chosen).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = load_model(folder, getattr(torch, dtype) if dtype else None).to(device)
     with ticking(screen, settings.steps) as ticker:
 
         def progress(step: int, values: dict[str, float]) -> None:
@@ -54,7 +50,7 @@ def run(
             model,
             out,
             text=None if text is None else text.read_text("utf-8", "replace"),
-            tokenizer=tokenizer,
+            tokenizer=load_tokenizer(folder),
             resume=resume,
             save_every=save_every,
             progress=progress,

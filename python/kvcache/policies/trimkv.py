@@ -13,6 +13,7 @@ from torch import Tensor
 from ..gates import Gates
 from .adakv import share_out
 from .budget import Budget
+from .card import Card
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ class TrimKV(_Keeping):
         floor: with "global": share in [0, 1] of ``keep`` that every head has for sure, rounded down, and one entry at
             least. 1 is "head". The total stays exact.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2512.03324, section 4",
+        rule="(t - i) log β_i, β_i = σ(W₂ SiLU(W₁ h_i + b₁) + b₀) of what enters attention at position i, a trained "
+        "gate per layer with one β per kv head: the `keep` largest of a head, or of all layers and heads together, stay.",
+        holds='`keep`, and up to `slack` more; with `allocation="global"` on average over layers and heads',
+        cost="two small matrices per layer and new token; choosing what leaves, once in `slack + 1` steps",
+        use="Models whose gates were trained (`kvcache train-gates`). The question need not be known yet.",
+    )
 
     gates: Gates | str | None = None
     keep: Budget = 1024
