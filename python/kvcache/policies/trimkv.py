@@ -49,7 +49,7 @@ class TrimKV(_Keeping):
     card: ClassVar[Card | None] = Card(
         source="arXiv 2512.03324, section 4",
         rule="(t - i) log β_i, β_i = σ(W₂ SiLU(W₁ h_i + b₁) + b₀) of what enters attention at position i, a trained "
-        "gate per layer with one β per kv head: the `keep` largest of a head, or of all layers and heads together, stay.",
+        "gate per layer with one β per kv head: the `keep` largest stay, of a head or of all together.",
         holds='`keep`, and up to `slack` more; with `allocation="global"` on average over layers and heads',
         cost="two small matrices per layer and new token; choosing what leaves, once in `slack + 1` steps",
         use="Models whose gates were trained (`kvcache train-gates`). The question need not be known yet.",
