@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.gates import random_gates
 
 import kvcache
 from kvcache import (
@@ -50,6 +51,16 @@ retention = st.one_of(
         sinks=st.integers(0, 9),
         recent=budgets | st.just(0),
         slack=st.integers(0, 500),
+    ),
+    st.builds(
+        kvcache.TrimKV,
+        gates=st.sampled_from([None, random_gates(2), random_gates(3, heads=4)]),
+        keep=budgets,
+        slack=st.integers(0, 500),
+        sinks=st.integers(0, 9),
+        recent=budgets | st.just(0),
+        allocation=st.sampled_from(["head", "global"]),
+        floor=st.floats(0, 1),
     ),
     st.builds(
         DuoAttention,

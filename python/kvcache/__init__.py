@@ -12,6 +12,8 @@ from . import ops
 from ._C import OutOfPages, PagePool
 from .cache import KVCache
 from .engine import PromptTooLong
+from .gate_training import GateRecipe, train_gates
+from .gates import Gates
 from .layer_state import LayerView
 from .policies import (
     H2O,
@@ -33,6 +35,7 @@ from .policies import (
     SnapKV,
     StreamingLLM,
     TokenSelect,
+    TrimKV,
     parse_policy,
 )
 from .report import Report
@@ -46,6 +49,8 @@ __all__ = [
     "DuoAttention",
     "ExpectedAttention",
     "Full",
+    "GateRecipe",
+    "Gates",
     "GemFilter",
     "KNorm",
     "KVCache",
@@ -65,9 +70,11 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "TokenSelect",
+    "TrimKV",
     "__version__",
     "ops",
     "parse_policy",
+    "train_gates",
     "unwrap",
     "wrap",
 ]

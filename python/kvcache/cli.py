@@ -1,4 +1,4 @@
-"""The command ``kvcache``: demo, eval, bench and doctor."""
+"""The command ``kvcache``: demo, eval, bench, train-gates and doctor."""
 
 from __future__ import annotations
 
@@ -32,9 +32,33 @@ same weights and ids, next to the limit that this machine's memory sets. Contend
 arguments: on a CPU a Llama of 8 layers on one thread, some minutes; on a GPU Qwen3-4B, Llama-3-8B and OPT-6.7B by
 their shapes, batches of 1, 4 and 8 behind 4k, 32k and 128k tokens. Writes report.json and generate.png."""
 
+_GATES = """\
+Train the retention gates of the policy trimkv for a model, which stays as it is: what each gate lets a head forget must
+not change what the model says. On tasks and documentation that are made on the spot, or on a text. Writes one
+safetensors file. An interrupted training goes on with --resume. For the model that comes with kvcache some minutes."""
+
 _DOCTOR = """\
 Show versions, the backend and instruction set in use, what is known of CUDA, and check that every native op is
 registered and agrees with its plain-torch reference. Exit code 1 if something is wrong."""
+
+
+#: Options of train-gates: fields of kvcache.GateRecipe, which has their defaults.
+_RECIPE = (
+    (
+        "capacity",
+        int,
+        "ENTRIES",
+        "entries per kv head that a gate may let a head remember: near the budget that is to be used",
+    ),
+    ("steps", int, "N", "optimizer steps"),
+    ("length", int, "TOKENS", "tokens per sequence"),
+    ("batch", int, "ROWS", "sequences per step"),
+    ("lr", float, "RATE", "learning rate of AdamW"),
+    ("capacity_weight", float, "WEIGHT", "weight of the loss for what exceeds the capacity"),
+    ("width", int, "UNITS", "hidden units of a gate"),
+    ("bias", float, "VALUE", "with which gates begin: the higher, the more is remembered at first"),
+    ("seed", int, "N", "another seed draws other data"),
+)
 
 
 def _share(text: str) -> float:
@@ -60,13 +84,15 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import __version__
+    from . import GateRecipe, __version__
 
     parser = argparse.ArgumentParser(
         prog="kvcache", description="A paged, policy-driven KV cache for Hugging Face models."
     )
     parser.add_argument("--version", action="version", version=f"kvcache {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | eval | bench | doctor")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo | eval | bench | train-gates | doctor"
+    )
 
     def add(name: str, short: str, long: str) -> argparse.ArgumentParser:
         return commands.add_parser(
@@ -139,6 +165,24 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--kvpress-python", metavar="PATH", help="a Python that has kvpress and its transformers: "
                        "make peers builds build/peers/kvpress/bin/python")  # fmt: skip
     bench.add_argument("--seconds", type=float, help="begin no other setting after this long")
+
+    gates = add("train-gates", "train the retention gates of trimkv for a model", _GATES)
+    gates.add_argument("--out", type=Path, default=Path("gates.safetensors"), metavar="FILE", help="(%(default)s)")
+    gates.add_argument(
+        "--model", metavar="FOLDER", help="model and tokenizer, or a name (the model that comes with kvcache)"
+    )
+    gates.add_argument("--text", type=Path, metavar="FILE", help="train on this text")
+    gates.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one (%(default)s)")
+    gates.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the model (as stored)")
+    gates.add_argument("--threads", type=_positive, default=1, metavar="N", help="CPU threads (%(default)s)")
+    gates.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted training")
+    gates.add_argument(
+        "--save-every", type=_positive, default=50, metavar="STEPS", help="between checkpoints (%(default)s)"
+    )
+    for name, kind, metavar, text in _RECIPE:
+        default = getattr(GateRecipe, name)
+        option = f"--{name.replace('_', '-')}"
+        gates.add_argument(option, type=kind, metavar=metavar, default=default, help=f"{text} (%(default)s)")
 
     add("doctor", "check this installation", _DOCTOR)
     return parser
@@ -232,7 +276,22 @@ def _bench(o: argparse.Namespace) -> None:
     )
 
 
-_COMMANDS = {"demo": _demo, "eval": _eval, "bench": _bench}
+def _train_gates(o: argparse.Namespace) -> None:
+    from .evaluation.train_gates import run
+
+    run(
+        o.out,
+        folder=o.model,
+        text=o.text,
+        device=o.device,
+        dtype=o.dtype,
+        resume=o.resume,
+        save_every=o.save_every,
+        **{name: getattr(o, name) for name, *_ in _RECIPE},
+    )
+
+
+_COMMANDS = {"demo": _demo, "eval": _eval, "bench": _bench, "train-gates": _train_gates}
 
 if __name__ == "__main__":
     sys.exit(main())

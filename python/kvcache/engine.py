@@ -243,11 +243,13 @@ class Engine(Reading, Evicting):
         """Store the new tokens' k [R, H, T, Dk] and v [R, H, T, Dv] in ``layer``."""
         if step.ready and layer.store is not None:
             layer.store.write(k, v, step.on(k.device, step.positions), self._new_columns(layer, k, v))
+            layer.hidden = None  # not kept: it is in the columns
             layer.store.grew(step.added)
             step.wrote.append(layer)
             return
         if step.repeats is not None:
             k, v = step.repeats.once(k), step.repeats.once(v)
+            layer.hidden = None if layer.hidden is None else step.repeats.once(layer.hidden)
         fresh = layer.store is None  # begin() could not reserve pages for it
         if fresh:
             self._open(layer, k, v)
@@ -262,6 +264,7 @@ class Engine(Reading, Evicting):
             assert self.rotation is not None
             k = self.rotation.unrotate(k, everyone)
         new_columns = self._new_columns(layer, k, v)
+        layer.hidden = None
         spare = None
         if fresh:
             # The first layer's growth makes room for the others too, so that the pool is not copied once per layer; not
@@ -357,6 +360,8 @@ class Engine(Reading, Evicting):
         if step is None:
             return
         self._rewind(step)
+        for layer in self.layers:
+            layer.hidden = None
         if len(self.tokens) == 0:  # the first one: what comes next may have another number of rows
             told = self.recording, self.prompt_length
             self.reset()
@@ -470,7 +475,7 @@ class Engine(Reading, Evicting):
         budgets, recents = [], []
         for x in (layer, coming):
             if x.budgets is None:
-                x.engine.plan(x, prompt=False)
+                x.engine.plan([x], prompt=False)
             assert x.budgets is not None
             assert x.recent is not None
             budgets.append(x.budgets)
@@ -482,17 +487,19 @@ class Engine(Reading, Evicting):
         """Pages [rows] int64 that each row can come to hold, when row r ends with ``totals[r]`` real tokens.
 
         Between forwards, with budgets fixed: no head exceeds its budget, the policy's slack and the entries of one more
-        step.
+        step; heads that share their budgets out anew may hold what others held, and end in the middle of a page.
         """
         bounds: dict[PageStorage, np.ndarray] = {}
         most = np.asarray(totals, np.int64)[:, None]
-        for layer in self.layers:
-            store = layer.store
-            if store is None:
-                continue
-            entries = np.minimum(most, layer.budgets_host.astype(np.int64) + 1 + self.policy.slack)
-            pages = (-(-entries // self.page_size)).sum(1)
-            bounds[store.storage] = bounds.get(store.storage, 0) + pages
+        granted = {x.store: x.budgets_host.astype(np.int64) + 1 + self.policy.slack for x in self.layers if x.store}
+        together = sum((x.sum(1) for x in granted.values()), start=np.zeros(len(most), np.int64))
+        for store, budgets in granted.items():
+            pages = (-(-np.minimum(most, budgets) // self.page_size)).sum(1)
+            if self.policy.reallocates:
+                heads = sum(x.heads for x in granted if x.storage is store.storage)
+                bounds[store.storage] = np.minimum(most[:, 0] * heads, together) // self.page_size + heads
+            else:
+                bounds[store.storage] = bounds.get(store.storage, 0) + pages
         return bounds
 
     def drop_padding(self) -> None:

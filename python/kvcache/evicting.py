@@ -15,6 +15,7 @@ from .policies.base import Policy
 from .policies.budget import FAR
 
 if TYPE_CHECKING:
+    from .parallel import TensorParallel
     from .step import Step
     from .store import PageStorage
 
@@ -31,6 +32,7 @@ class Evicting:
     prompt_tokens: Tensor
     real: Tensor | None
     unplanned: bool
+    parallel: TensorParallel | None
     _tokens_on: dict[torch.device, tuple[Tensor, Tensor]]
 
     def tokens_on(self, device: torch.device) -> Tensor:
@@ -54,24 +56,31 @@ class Evicting:
         evicted = None if step is None else step.evicted
         plan = self.unplanned
         slack = 0 if plan else self.policy.slack  # a prompt ends within its budget
+        due: Tensor | None = None
         if plan:
             self.unplanned = False
             self.prompt_tokens = self.tokens
+            self.plan(self.holding())
+        else:
+            for layer in self.holding():
+                if layer.budgets is None:
+                    self.plan([layer], prompt=False)
+            if self.policy.reallocates and (due := self._rows_due(slack)) is not None:
+                self.plan(self.holding(), rows=due)
+                slack = 0
         single: list[Layer] = []
         for layer in self.holding():
             store = layer.store
             assert store is not None
-            if plan or layer.budgets is None:
-                self.plan(layer, prompt=plan)
             if store.max_count <= layer.smallest_budget + slack:
                 continue
             over = layer.excess()
             if over <= slack:
                 continue
-            if over == 1 and (evicted is not None or (layer.surely_evicts and not store.shared)):
+            if over == 1 and due is None and (evicted is not None or (layer.surely_evicts and not store.shared)):
                 single.append(layer)
             else:
-                self.evict(layer, step, slack)
+                self.evict(layer, step, slack, due)
         if single:
             over_by_one = [x.heads_over() for x in single]
             if evicted is None:
@@ -81,25 +90,46 @@ class Evicting:
                 layer.store.lost(lost)
                 layer.count("evictions", layer.store.counts_host.size if lost is None else int(np.count_nonzero(lost)))
         if plan and self.policy.retains and self.policy.generated == "keep":
-            for layer in self.holding():
-                self.plan(layer, prompt=False)
+            self.plan(self.holding(), prompt=False)
         if plan:
             for storage in self.storages.values():
                 storage.trim(self.policy.slack)
 
-    def plan(self, layer: Layer, prompt: bool = True) -> None:
-        """Fix the budgets of a layer: for the end of a ``prompt``, or for the tokens that are generated behind it."""
-        store = layer.store
-        assert store is not None
-        budgets = torch.full((store.rows, store.heads), FAR, dtype=torch.int32)
-        recent = torch.zeros(store.rows, dtype=torch.int32)
+    def plan(self, layers: list[Layer], prompt: bool = True, rows: Tensor | None = None) -> None:
+        """Fix the budgets of layers: for the end of a ``prompt``, or for the tokens that are generated behind it.
+
+        ``rows`` [R] bool: those whose budgets change; None: all.
+        """
+        granted: list[Tensor | None] = [None] * len(layers)
         if self.policy.retains and (prompt or self.policy.generated == "evict"):
-            granted = self.policy.allocate(layer.view())
-            budgets = granted.int().view(store.rows, -1).expand(store.rows, store.heads)
-            recent = self.policy.allocate_recent(layer.view()).int()
-        if layer.window is not None:
-            budgets = budgets.clamp(max=max(layer.window - 1, 1))
-        layer.set_budgets(budgets, recent)
+            granted = [*self.policy.allocate_all([x.view() for x in layers])]
+        for layer, given in zip(layers, granted, strict=True):
+            store = layer.store
+            assert store is not None
+            budgets = torch.full((store.rows, store.heads), FAR, dtype=torch.int32)
+            recent = torch.zeros(store.rows, dtype=torch.int32)
+            if given is not None:
+                budgets = given.int().view(store.rows, -1).expand(store.rows, store.heads)
+                recent = self.policy.allocate_recent(layer.view()).int()
+            if layer.window is not None:
+                budgets = budgets.clamp(max=max(layer.window - 1, 1))
+            if rows is not None:
+                assert layer.budgets is not None
+                budgets = torch.where(rows.to(budgets.device)[:, None], budgets, layer.budgets.to(budgets.device))
+            layer.set_budgets(budgets, recent)
+
+    def _rows_due(self, slack: int) -> Tensor | None:
+        """Rows with a head that is over its budget by more than ``slack`` entries, [R] bool; None: there is none."""
+        over = np.zeros(len(self.tokens), bool)
+        for layer in self.holding():
+            assert layer.store is not None
+            if layer.store.max_count > layer.smallest_budget + slack:
+                over |= (layer.store.counts_host.astype(np.int64) - layer.budgets_host > slack).any(1)
+        due = torch.from_numpy(over)
+        if self.parallel is not None:  # heads of other ranks may be over theirs, and all must share out together
+            device = next((x.store.counts.device for x in self.holding() if x.store is not None), due.device)
+            due = self.parallel.sum(due.to(device, torch.int32)).cpu() > 0
+        return due if bool(due.any()) else None
 
     def compress(self, coming: int) -> None:
         """After a chunk that is not the last: bring every layer within the budgets that the whole prompt will have.
@@ -108,8 +138,8 @@ class Evicting:
         the prompt fixes the budgets anew.
         """
         self.prompt_tokens = self.tokens + coming
+        self.plan(self.holding())
         for layer in self.holding():
-            self.plan(layer)
             self.evict(layer)
 
     def evict_one(self, layers: list[Layer], step: Step | None = None) -> None:
@@ -168,8 +198,11 @@ class Evicting:
             return torch.full_like(self.tokens_on(device), column)
         return self.real[:, :column].sum(1, dtype=torch.int32).to(device)
 
-    def evict(self, layer: Layer, step: Step | None = None, slack: int = 0) -> None:
-        """Bring the heads of one layer that are over their budget by more than ``slack`` entries back to it."""
+    def evict(self, layer: Layer, step: Step | None = None, slack: int = 0, rows: Tensor | None = None) -> None:
+        """Bring the heads of one layer that are over their budget by more than ``slack`` entries back to it.
+
+        ``rows`` [R] bool: those in which that is done; None: in all.
+        """
         store, budgets = layer.store, layer.budgets
         assert store is not None
         assert budgets is not None
@@ -179,6 +212,8 @@ class Evicting:
         device = store.counts.device
         if slack:  # what a head keeps does not depend on how far the others are
             budgets = torch.where(store.counts - budgets > slack, budgets, store.counts)
+        if rows is not None:
+            budgets = torch.where(rows.to(device)[:, None], budgets, store.counts)
         first, end = self._unprotected(layer)
         scores = self._scores(layer, step)
         before = int(store.counts_host.sum())
@@ -208,7 +243,7 @@ class Evicting:
         if store.storage.limit is None or not (self.policy.retains or layer.window is not None):
             return 0
         counts = store.counts_host + np.reshape(added, (-1, 1))
-        known = layer.budgets is not None and layer.recent is not None and not prompt
+        known = layer.budgets is not None and layer.recent is not None and not (prompt or self.policy.reallocates)
         over: Any = counts - layer.budgets_host.astype(np.int64) - self.policy.slack if known else counts
         if not counts.size or over.max() <= 0 or not store.shared:
             return 0
@@ -224,7 +259,7 @@ class Evicting:
         """Whether the end of this forward can be foreseen: no head will be over its budget by more than one entry, each
         that is has something to give up, and no page is shared; where a policy has slack, nothing will be evicted."""
         slack = self.policy.slack
-        if step.prompt or self.unplanned:
+        if step.prompt or self.unplanned or (self.policy.reallocates and not slack):
             return False
         for layer in self.layers:
             store = layer.store

@@ -49,6 +49,7 @@ class Layer:
         self.expands: str | None = None  # the tier whose models want all entries densely at every step, if it is one
         self.watch: Watch | None = None  # while a model that computes attention itself does so
         self.new: tuple[Tensor, Tensor] | None = None
+        self.hidden: Tensor | None = None  # [R, T, size] what entered attention, until its keys and values are stored
         # What abort() puts back: (the forward that it belongs to, state, pending forwards, tensors and their copies).
         self.undo: tuple[Step, dict[str, Any], int, list[tuple[Tensor, Tensor]]] | None = None
         self.saved: dict[str, Tensor] = {}  # memory of those copies
@@ -204,6 +205,7 @@ class LayerView:
     decodes = property(
         lambda self: self._layer.engine.step.tokens == 1, doc="Whether this step brings one column, the last there is."
     )
+    window = property(lambda self: self._layer.window, doc="Columns that a query may read; None: all.")
     sharded = property(
         lambda self: self._layer.engine.parallel is not None, doc="Whether other ranks hold heads of this layer."
     )
@@ -231,6 +233,17 @@ class LayerView:
         """Bytes that one more token costs in all layers, heads and rows."""
         stores = [x.store for x in self._layer.engine.layers if x.store is not None]
         return self.rows * sum(s.heads * s.storage.token_bytes for s in stores)
+
+    @property
+    def hidden(self) -> Tensor:
+        """While new tokens are stored, under a policy that ``needs_hidden``: what entered the layer's attention module
+        with them, [rows, T, size] in the model's dtype."""
+        hidden = self._layer.hidden
+        if hidden is None:
+            raise RuntimeError(
+                f"layer {self.index}: hidden states are shown to policies that need them, in append_columns"
+            )
+        return hidden
 
     def column(self, name: str) -> Tensor:
         """A declared side column, [rows, heads, capacity] float32."""

@@ -18,7 +18,7 @@ from .parallel import TensorParallel
 from .reading import Scouted
 from .rotation import Rotation
 from .step import Narrow, Part, Step
-from .tiers import LayerPlan
+from .tiers import LayerPlan, interface_modules
 
 if TYPE_CHECKING:
     import torch.utils.hooks
@@ -48,6 +48,7 @@ class WrappedState:
     routed: list[nn.Module] = field(default_factory=list)
     watched: list[nn.Module] = field(default_factory=list)
     absorbed: list[nn.Module] = field(default_factory=list)
+    shows_hidden: bool = False
     _rotation: Rotation | ValueError | None = None
 
     windows = property(lambda self: self.plan.windows)
@@ -80,6 +81,10 @@ class WrappedState:
                 f"{policy}: no layer of {name} can be skipped: layer {stuck} keeps a recurrent state or an indexer's "
                 "keys, or reads another layer's entries"
             )
+        if policy.needs_hidden:
+            size = getattr(model.config.get_text_config(decoder=True), "hidden_size", None)
+            layers = sorted(hidden_modules(model, self.plan, str(policy)))
+            policy.check_hidden(layers, size if type(size) is int else None)
         if (policy.observes or policy.routes) and (self.materialised or self.plan.self_attending):
             why = "makes keys of what is cached (MLA)" if self.materialised else "computes attention itself"
             raise ValueError(f"{policy} needs queries that are made for the cached keys, but {name} {why}")
@@ -104,9 +109,14 @@ class WrappedState:
         return self._rotation
 
     def route(self, model: PreTrainedModel, policy: Policy) -> None:
-        """Make the decoder layers follow a schedule or a routing once a policy has one."""
+        """Make the decoder layers follow a schedule or a routing, and attention modules show their input, once a
+        policy asks for it."""
         if (policy.schedules or policy.routes) and not self.routed:
             self.routed = route_layers(model, len(self.windows))
+        if policy.needs_hidden and not self.shows_hidden:
+            self.shows_hidden = True
+            for index, module in hidden_modules(model, self.plan, str(policy)).items():
+                self.handles.append(module.register_forward_pre_hook(ShowHidden(model, index), with_kwargs=True))
 
     def captures(self, model: PreTrainedModel) -> bool:
         """Whether single tokens run by captured graphs where they can: on a GPU, unless told otherwise.
@@ -274,6 +284,44 @@ def hook_forward(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHand
         handles.append(module.register_forward_pre_hook(OpenForward(model), with_kwargs=True))
         handles.append(module.register_forward_hook(CloseForward(model), with_kwargs=True, always_call=True))
     return handles
+
+
+# -- hidden states --------------------------------------------------------------------------------------------------
+
+
+class ShowHidden:
+    """Pre-hook of an attention module: notes what enters it, for policies that go by hidden states."""
+
+    def __init__(self, model: PreTrainedModel, index: int) -> None:
+        self.model, self.index = model, index  # ``model`` tells that the hook is ours: captured graphs hold its work
+
+    @uncompiled
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        frame = current_frame()
+        if frame is None or frame.cache is None or not frame.cache.policy.needs_hidden:
+            return
+        engine = frame.cache.engine
+        hidden = args[0] if args else kwargs["hidden_states"]
+        part = None if engine.step is None else engine.step.part
+        engine.layers[self.index].hidden = hidden if part is None else part.spread(hidden)
+
+
+def hidden_modules(model: PreTrainedModel, plan: LayerPlan, who: str) -> dict[int, nn.Module]:
+    """Layer -> the attention module whose input is its hidden states, for the layers that cache keys and values.
+
+    ValueError, in the name of ``who``, for the layer whose module is not known to have such an input.
+    """
+    needs = f"{who} needs the hidden states that enter attention"
+    for index, tier in plan.tiers.items():
+        if tier not in ("handle", "own"):
+            why = "makes keys of what is cached (MLA)" if tier == "materialised" else "computes attention itself"
+            raise ValueError(f"{needs}, but layer {index} of {type(model).__name__} {why}")
+    found = dict(interface_modules(model, [i for i, tier in plan.tiers.items() if tier == "handle"]))
+    for index, module in found.items():
+        if parameters_of(type(module).forward)[:1] != ["hidden_states"]:
+            module_name = type(module).__name__
+            raise ValueError(f"{needs}, but {module_name} of layer {index} does not take them as its first argument")
+    return found
 
 
 # -- layer schedule -------------------------------------------------------------------------------------------------

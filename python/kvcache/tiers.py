@@ -14,7 +14,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +168,12 @@ def _self_attending(model: PreTrainedModel, paged: list[int], reason: str) -> di
 def caching_modules(model: nn.Module) -> list[nn.Module]:
     """The modules whose own ``forward`` puts keys and values into the cache."""
     return [m for m in model.modules() if index_of(m) is not None and _calls_update(type(m))]
+
+
+def interface_modules(model: nn.Module, layers: Collection[int]) -> list[tuple[int, nn.Module]]:
+    """(layer, module) of the modules that attend through transformers' interface in ``layers``."""
+    found = [(index_of(m), m) for m in model.modules()]
+    return [(i, m) for i, m in found if i is not None and i in layers and _transforms_after_update(type(m)) is not None]
 
 
 @functools.cache  # a class has many modules in a model, and is asked about more than once

@@ -39,6 +39,9 @@ CAPTURED = (
     "snapkv|skipdecode",
     "pyramidkv",
     "adakv-evict",
+    "trimkv",
+    "trimkv-global",
+    "trimkv|skipdecode",
 )
 
 

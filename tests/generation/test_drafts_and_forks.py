@@ -10,6 +10,7 @@ import kvcache
 NAMES = ["full", "streamingllm", "h2o", "random", "tokenselect", "skipdecode", "h2o|skipdecode"]
 NAMES += ["keydiff-slack", "lagkv", "duoattention", "expectedattention", "tova", "snapkv", "adakv-evict"]
 NAMES += ["promptdistill", "promptdistill-truncate", "gemfilter"]
+NAMES += ["trimkv", "trimkv-global"]
 
 
 @pytest.mark.parametrize("seed", [0, 5])  # an assistant that is always right, and one that is mostly wrong

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.gates import random_gates
 from support.models import build, continued, greedy, padded, prompt
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
@@ -34,6 +35,8 @@ POLICIES = {
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
     "promptdistill": kvcache.PromptDistill(0, 9, truncate=1),
     "gemfilter": kvcache.GemFilter(0, 9),
+    "trimkv": kvcache.TrimKV(random_gates(2), 9, slack=0, sinks=1, recent=3),
+    "trimkv-global": kvcache.TrimKV(random_gates(2), 9, slack=2, recent=2, allocation="global"),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -53,8 +56,10 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
     "promptdistill": kvcache.PromptDistill(0, 200, truncate=1),
     "gemfilter": kvcache.GemFilter(0, 200),
+    "trimkv": kvcache.TrimKV(random_gates(2), 200),
+    "trimkv-global": kvcache.TrimKV(random_gates(2), 200, allocation="global"),
 }
-BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)
+BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova", "trimkv"), 9)
 BUDGETS["streamingllm"] = 11
 NEW = 12
 IDS, MASK = padded([prompt(n, seed=20 + n)[0] for n in (30, 21)], "left")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.gates import random_gates
 from support.models import build, prompt
 
 import kvcache
@@ -43,8 +44,13 @@ def new_tokens(model, ids, mask, policy=None):
 
 @pytest.mark.parametrize(
     "policy",
-    [POLICY, POLICY | kvcache.H2O(8, 6), POLICY | kvcache.TokenSelect(k=5, sinks=1, local=4, reuse=0.4, chunk=4)],
-    ids=str,
+    [
+        POLICY,
+        POLICY | kvcache.H2O(8, 6),
+        POLICY | kvcache.TokenSelect(k=5, sinks=1, local=4, reuse=0.4, chunk=4),
+        POLICY | kvcache.TrimKV(random_gates(LAYERS), 12, slack=0),
+    ],
+    ids=["alone", "h2o", "tokenselect", "trimkv"],
 )
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt"])
 def test_rows_that_skip_a_layer_are_not_computed(name, policy, calls):

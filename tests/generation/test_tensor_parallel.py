@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 
 import pytest
 import torch
+from support.gates import random_gates
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcache
@@ -31,6 +33,9 @@ POLICIES = (
     "adakv(keep=9, window=4, pool=3)",
     "promptdistill(layer=1, keep=9, truncate=1)",
     "gemfilter(layer=1, keep=9)",
+    str(kvcache.TrimKV(random_gates(4, heads=4), 9, slack=0)),
+    str(kvcache.TrimKV(random_gates(4, heads=4), 9, slack=2, allocation="global")),
+    str(kvcache.TrimKV(random_gates(4, heads=4), 27, slack=1, allocation="global")),  # room is left by the prompt
 )
 PROMPT, NEW = 24, 12
 WORKER = """
@@ -100,7 +105,7 @@ def runs(tmp_path_factory):
     return model, ids, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES, ids=[re.sub("'/.*?'", "...", p) for p in POLICIES])
 def test_two_ranks_equal_one_process(runs, policy):
     model, ids, ranks = runs
     kvcache.wrap(model, policy)
@@ -109,7 +114,7 @@ def test_two_ranks_equal_one_process(runs, policy):
     kept = [out.past_key_values.kept(i) for i in range(4)]
     for i in range(4):
         assert torch.cat([torch.tensor(found[policy]["kept"][i]) for found in ranks], 1).tolist() == kept[i].tolist()
-    if policy.startswith("adakv"):  # heads of both ranks compete
+    if policy.startswith("adakv") or ("global" in policy and "keep=9" in policy):  # heads of both ranks compete
         assert any(int(k[r, :2].sum()) != int(k[r, 2:].sum()) for k in kept for r in range(2))
     for found in ranks:
         assert found[policy]["tokens"] == out.sequences.tolist()

@@ -300,7 +300,7 @@ def test_o9_bytes_are_what_the_pool_holds(name, page_size, backend):
         # Policies whose budget is that of the prompt alone hold all that follows as well; some spend more on one layer
         # or head than on another.
         more = TOTAL - PROMPT if policy.generated == "keep" else 0
-        mean = {"pyramidkv", "adakv", "adakv-evict"} & {name}
+        mean = {"pyramidkv", "adakv", "adakv-evict", "trimkv-global"} & {name}
         ends = [result.log[PROMPT]] if more else result.log.values()
         counts = [[len(h) for layer in log[0] for h in layer] for log in ends]
         assert max(map(sum, counts)) == budget * LAYERS * 2 if mean else max(map(max, counts)) == budget

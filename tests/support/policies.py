@@ -26,7 +26,9 @@ from kvcache import (
     SnapKV,
     StreamingLLM,
     TokenSelect,
+    TrimKV,
 )
+from support.gates import random_gates
 
 LAYERS = 5
 RETRIEVAL = ((True, False), (False, False), (False, True), (True, True), (False, False))
@@ -84,6 +86,9 @@ POLICIES: dict[str, Policy] = {
     "promptdistill|snapkv": PromptDistill(1, 15) | SnapKV(11, 4, 3),
     "gemfilter": GemFilter(2, 9),
     "gemfilter|streamingllm": GemFilter(1, 0.5) | StreamingLLM(sinks=2, window=9),
+    "trimkv": TrimKV(random_gates(LAYERS), 11, slack=0, sinks=1, recent=2),
+    "trimkv-global": TrimKV(random_gates(LAYERS), 11, slack=3, recent=2, allocation="global", floor=0.3),
+    "trimkv|skipdecode": TrimKV(random_gates(LAYERS), 11, slack=2) | SkipDecode(**SKIP),
 }
 
 #: One of each kind. In whole generations the others run in ``make test-slow`` (tests/conftest.py).
@@ -119,6 +124,8 @@ GENEROUS: dict[str, Policy] = {
     "promptdistill": PromptDistill((0, 2), (43, 0.98), truncate=-1),  # all but the last token of the prompt
     "gemfilter": GemFilter(4, 43),
     "promptdistill-last": PromptDistill(4, 1),  # no layer is left to drop tokens from
+    "trimkv": TrimKV(random_gates(LAYERS), 60, slack=6),
+    "trimkv-global": TrimKV(random_gates(LAYERS), 66, slack=0, allocation="global"),
 }
 
 

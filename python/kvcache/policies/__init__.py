@@ -21,6 +21,7 @@ from .streamingllm import StreamingLLM
 from .text import parse_policy
 from .tokenselect import TokenSelect
 from .tova import TOVA
+from .trimkv import TrimKV
 
 __all__ = [
     "H2O",
@@ -44,6 +45,7 @@ __all__ = [
     "SnapKV",
     "StreamingLLM",
     "TokenSelect",
+    "TrimKV",
     "compose",
     "parse_policy",
 ]

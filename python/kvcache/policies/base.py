@@ -6,7 +6,7 @@ in the layer's side columns or in ``layer.state``. It never touches pages.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +44,10 @@ class Policy:
             stays, whole, until the next prompt ends (as in papers that compress prompts).
         columns: names of further side columns, filled by :meth:`append_columns`.
         sinks, recent, budget: see :meth:`allocate`; ``budget`` None keeps everything.
+        needs_hidden: whether :meth:`append_columns` reads ``layer.hidden``, the hidden states that entered the layer's
+            attention module. Models whose attention does not go through transformers' interface are refused then.
+        reallocates: whether budgets are shared out anew (:meth:`allocate_all`) whenever entries have to leave, not
+            only at the end of a prompt. What a row may keep in all layers together must not change by that.
         slack: entries by which a head may exceed its budget while decoding. The first one beyond brings it back to the
             budget, so that ``score`` is asked once in ``slack`` + 1 tokens; for scores that take the whole layer to
             compute. The end of a prompt always leaves the budget. 0: every step evicts.
@@ -60,6 +64,8 @@ class Policy:
     card: ClassVar[Card | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[tuple[str, ...]] = ()
+    needs_hidden: ClassVar[bool] = False
+    reallocates: bool = False
     observed: int = 0
     generated: str = "evict"
     group_reduction: str = "mean"
@@ -97,6 +103,13 @@ class Policy:
         """
         assert self.budget is not None
         return self._resolve(self.budget, layer).clamp(min=1)
+
+    def allocate_all(self, layers: Sequence[LayerView]) -> list[Tensor]:
+        """What :meth:`allocate` gives each of ``layers``; override it where layers share one budget.
+
+        ``layers``: all that hold entries, at the end of a prompt; a single one that gets its first entries later.
+        """
+        return [self.allocate(layer) for layer in layers]
 
     def allocate_recent(self, layer: LayerView) -> Tensor:
         """How many of the newest entries are protected, [rows] int; the default resolves ``recent``."""
@@ -210,6 +223,11 @@ class Policy:
         """Raise ValueError if the policy cannot work on layers that cache ``kv_heads`` key-value heads each.
 
         Called at ``wrap``, where the model's configuration says how many there are.
+        """
+
+    def check_hidden(self, layers: Sequence[int], hidden_size: int | None) -> None:
+        """Raise ValueError if a policy that ``needs_hidden`` cannot work on hidden states of ``hidden_size`` channels
+        (None: the configuration does not say) in ``layers``, those that cache keys and values. Called at ``wrap``.
         """
 
     # -- text form and composition ----------------------------------------------------------------------------------

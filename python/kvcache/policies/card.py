@@ -57,6 +57,8 @@ def needs(policy: type[Policy]) -> str:
         found.append("the queries of every step")
     if policy.routes_after or policy.scout is not None:
         found.append("a prompt at once")
+    if policy.needs_hidden:
+        found.append("hidden states that enter attention")
     if isinstance(policy.columns, tuple) and policy.columns:  # not where they depend on the arguments
         found.append("a number beside every entry")
     return ", ".join(found)

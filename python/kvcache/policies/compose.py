@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -55,7 +55,7 @@ class _Composite(Policy):
         if retention is not None:
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))
-            for name in ("observed", "generated"):
+            for name in ("observed", "generated", "needs_hidden", "reallocates"):
                 setattr(self, name, getattr(retention, name))
 
     @property
@@ -72,6 +72,9 @@ class _Composite(Policy):
 
     def allocate(self, layer: LayerView) -> Tensor:
         return self._by_axis["retains"].allocate(layer)
+
+    def allocate_all(self, layers: Sequence[LayerView]) -> list[Tensor]:
+        return self._by_axis["retains"].allocate_all(layers)
 
     def allocate_recent(self, layer: LayerView) -> Tensor:
         return self._by_axis["retains"].allocate_recent(layer)
@@ -127,6 +130,10 @@ class _Composite(Policy):
     def check_heads(self, kv_heads: int) -> None:
         for part in self.parts:
             part.check_heads(kv_heads)
+
+    def check_hidden(self, layers: Sequence[int], hidden_size: int | None) -> None:
+        for part in self.parts:
+            part.check_hidden(layers, hidden_size)
 
     def __str__(self) -> str:
         return " | ".join(map(str, self.parts))
