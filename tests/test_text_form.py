@@ -59,7 +59,7 @@ retention = st.one_of(
         seed=st.integers(0, 2**31),
     ),
 )
-selection = st.builds(
+selection = st.builds(kvcache.Quest, k=counts, dense_layers=st.integers(0, 99)) | st.builds(
     TokenSelect,
     k=counts,
     sinks=st.integers(0, 99),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.two_stage import two_stage_selection
+from .ops.two_stage import best_pages, two_stage_selection
 from .policies.base import Selection
 from .policies.budget import FAR
 from .step import Attention, Counted, Pages, Step
@@ -386,6 +386,19 @@ class LayerView:
             votes.scatter_add_(2, slots.flatten(1)[:, None], (best > float("-inf")).float().flatten(1)[:, None])
         total = self.over_heads(votes)
         return total.masked_fill(logits[:, :1] == float("-inf"), float("-inf"))
+
+    def choose_pages(self, query: Tensor, pages: int, newest: Tensor) -> Selection:
+        """For every kv head the ``pages`` pages whose keys may have the largest dot products with its query heads of
+        ``query`` [rows, query_heads, Dk], by the sum of their bounds; the page of position ``newest`` [rows] int32 in
+        any case, and nothing behind that. Needs ``page_bounds``; asks no device."""
+        s = self._store
+        assert s.storage.bounds is not None
+        held = self.entries_before(newest + 1)[:, None].expand(-1, self.heads).contiguous()
+        none = torch.zeros_like(newest)
+        scores = ops.page_scores(
+            query, s.storage.bounds, s.table, held, s.positions, none, newest, 1.0, soft=False, per_head=True
+        )
+        return Selection(*best_pages(scores, held, s.storage.page_size, min(pages, s.table.shape[2])), pages=True)
 
     def over_heads(self, x: Tensor) -> Tensor:
         """A sum over the heads here as the sum over all: tensor-parallel ranks add theirs."""

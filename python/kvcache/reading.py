@@ -69,7 +69,7 @@ class Reading:
             layer.group = q.shape[1] // layer.store.heads
             window = layer.window
             start = None if window is None else step.on(q.device, step.decode_start(window))
-            selecting = window is None and self.policy.selects
+            selecting = self._selects(layer, step)
             positions = step.on(q.device, step.positions)
             return self._decode(layer, Pages.of(layer.store), q, positions, start, ask, selecting)
         repeats = step.repeats
@@ -82,6 +82,11 @@ class Reading:
         if dense is not None:
             dense = (repeats.once(dense[0]), repeats.once(dense[1]))
         return repeats.spread(self._attend(layer, repeats.once(q), ask, dense))
+
+    def _selects(self, layer: Layer, step: Step) -> bool:
+        """Whether the policy chooses what this step reads of ``layer``; one with a sliding window reads its window."""
+        policy = self.policy
+        return policy.selects and layer.window is None and (not step.prompt or policy.selects_in_prompts)
 
     def _attend(self, layer: Layer, q: Tensor, ask: Attention, dense: tuple[Tensor, Tensor] | None) -> Tensor:
         step, store = self.step, layer.store
@@ -97,7 +102,7 @@ class Reading:
         if active is not None:
             active = step.on(q.device, active)
             positions, reach = torch.where(active, positions, -1), torch.where(active, reach, -1)
-        selecting = self.policy.selects and layer.window is None
+        selecting = self._selects(layer, step)
         if self.compact:
             return self._attend_compact(layer, q, positions, reach, ask, selecting)
         mask = self._slot_mask(step, pages, ask.mask)
@@ -208,7 +213,8 @@ class Reading:
             q[:, :, 0], pages.k, pages.v, pages.table, pages.counts, pages.positions,
             start, ask.sinks, None,
             None if selection is None else selection.index, None if selection is None else selection.counts,
-            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max", False,
+            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max",
+            selection is not None and selection.pages,
             None if aside or selection is not None else self._decode_plan(layer),
         )  # fmt: skip
         if statistics is not None and aside:
@@ -272,6 +278,8 @@ class Reading:
         outs = []
         for part, voting, limit in parts:
             selection = self.policy.select(layer.view(), part, voting)
+            if selection is not None:
+                selection = selection.slots(pages.k.shape[1], pages.counts)
             out, _ = ops.prefill_attention(
                 part, pages.k, pages.v, pages.table, pages.counts, pages.positions, limit, None, ask.sinks, None,
                 None, None if selection is None else selection.index,

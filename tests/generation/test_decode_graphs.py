@@ -26,6 +26,8 @@ CAPTURED = (
     "tokenselect",
     "tokenselect-shortlist",
     "skipdecode|tokenselect",
+    "quest",
+    "quest|skipdecode",
     "knorm",
     "knorm|skipdecode",
     "keydiff-slack",

@@ -5,13 +5,13 @@ from functools import cache
 
 import pytest
 import torch
-from support.dense import CompactOracle, H2OOracle, Replay, TokenSelectOracle, dense_logits
+from support.dense import CompactOracle, H2OOracle, QuestOracle, Replay, TokenSelectOracle, dense_logits
 from support.models import build, padded
 from support.policies import GENEROUS, LAYERS, POLICIES, part, schedule, usual
 from support.runs import kept, own_log, run
 
 import kvcache
-from kvcache import H2O, TokenSelect
+from kvcache import H2O, Quest, TokenSelect
 
 TOLERANCE = 5e-5  # float32; logits reach ±15, and what a policy changes is of the order of 1
 PROMPT, TOTAL = 44, 66
@@ -71,6 +71,9 @@ def replay(model, result, policy, active):
     select = part(policy, TokenSelect)
     if select is not None:
         return select_oracle(model, select, active)
+    quest = part(policy, Quest)
+    if quest is not None:
+        return QuestOracle(quest.k, quest.dense_layers, PROMPT, result.cache.engine.page_size, active)
     oracle = Replay(own_log(result))
     if active is not None:  # whoever skips a layer leaves nothing there, also not within the prompt
         for t in range(PROMPT):
@@ -198,14 +201,13 @@ def test_o6_padding_in_the_middle(name, backend):
 
 @pytest.mark.parametrize("name", ["llama-mqa", "llama-gqa", "llama-mha"])
 @pytest.mark.parametrize(
-    "policy", ["h2o", "h2o-max", "random", "tova", "snapkv", "adakv", "tokenselect", "tokenselect-compact"]
+    "policy", ["h2o", "h2o-max", "random", "tova", "snapkv", "adakv", "tokenselect", "tokenselect-compact", "quest"]
 )
 def test_o7_query_heads_read_their_own_kv_head(policy, name, backend):
     model = wrapped(POLICIES[policy], name)
     result = run(model, tokens(), PROMPT)
     kvcache.unwrap(model)
-    select = part(POLICIES[policy], TokenSelect)
-    oracle = Replay(own_log(result)) if select is None else select_oracle(model, select)
+    oracle = replay(model, result, POLICIES[policy], None)
     close(result.logits[0], dense_logits(model, tokens(), oracle))
     clear(oracle)
 

@@ -19,6 +19,7 @@ from kvcache import (
     LagKV,
     Policy,
     PyramidKV,
+    Quest,
     RandomEviction,
     SkipDecode,
     SnapKV,
@@ -46,6 +47,8 @@ POLICIES: dict[str, Policy] = {
     "tokenselect-pool": TokenSelect(**SELECT, pool=3),
     "tokenselect-compact": TokenSelect(**SELECT, positions="compact"),
     "tokenselect-shortlist": TokenSelect(**SELECT, shortlist=1.0),  # of all pages: the exact selection
+    "quest": Quest(32, 1),
+    "quest|skipdecode": Quest(17, 0) | SkipDecode(**SKIP),
     "skipdecode": SkipDecode(**SKIP),
     "skipdecode-n_max": SkipDecode(**SKIP, prompt="n_max"),
     "skipdecode-schedule": SkipDecode(**SKIP, prompt="schedule", warmup=0),
@@ -92,6 +95,7 @@ GENEROUS: dict[str, Policy] = {
     "tokenselect": TokenSelect(k=100, chunk=7),
     "tokenselect-compact": TokenSelect(k=100, chunk=7, positions="compact"),
     "tokenselect-just-enough": TokenSelect(k=61, sinks=1, local=4),
+    "quest": Quest(80, 0),  # all pages
     "skipdecode": SkipDecode(LAYERS, LAYERS, prompt="schedule"),
     "h2o|skipdecode": H2O(100, 100) | SkipDecode(LAYERS, LAYERS, prompt="n_max"),
     "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),

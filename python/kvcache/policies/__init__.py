@@ -12,6 +12,7 @@ from .keydiff import KeyDiff
 from .knorm import KNorm
 from .lagkv import LagKV
 from .pyramidkv import PyramidKV
+from .quest import Quest
 from .random_eviction import RandomEviction
 from .skipdecode import SkipDecode
 from .snapkv import SnapKV
@@ -34,6 +35,7 @@ __all__ = [
     "LagKV",
     "Policy",
     "PyramidKV",
+    "Quest",
     "RandomEviction",
     "Selection",
     "SkipDecode",

@@ -25,10 +25,24 @@ REGISTRY: dict[str, type[Policy]] = {}
 
 @dataclass(frozen=True)
 class Selection:
-    """Entries that one step of one layer reads: ``index`` [rows, 1, K] int32 slots, ``counts`` [rows, 1] int32."""
+    """Entries that one step of one layer reads: ``index`` [rows, lists, K] int32 slots, ascending, ``counts``
+    [rows, lists] int32 of them; one list for all kv heads of the layer, or one for each. ``pages``: the lists name
+    pages instead, page p being the slots from p * page_size on."""
 
     index: Tensor
     counts: Tensor
+    pages: bool = False
+
+    def slots(self, page_size: int, entries: Tensor) -> Selection:
+        """The same by slots, of heads that hold ``entries`` [rows, heads] int32."""
+        if not self.pages:
+            return self
+        lists = self.index.shape[1]
+        offsets = torch.arange(page_size, dtype=torch.int32, device=self.index.device)
+        slots = (self.index[..., None] * page_size + offsets).flatten(2)
+        # Only the last page of a head may be filled in part, and it ends the list.
+        counts = ((slots >= 0) & (slots < entries[:, :lists, None])).sum(2, dtype=torch.int32)
+        return Selection(slots, counts)
 
 
 class Policy:
@@ -142,6 +156,11 @@ class Policy:
     def prefill_chunk(self) -> int | None:
         """Queries per selection when many arrive at once; None: all together."""
         return None
+
+    @property
+    def selects_in_prompts(self) -> bool:
+        """Whether the queries of prompts select as well; False: they read everything."""
+        return True
 
     @property
     def positions(self) -> str:

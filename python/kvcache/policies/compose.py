@@ -32,7 +32,7 @@ class _Composite(Policy):
         if retention is not None and selection is not None:
             raise ValueError(
                 f"cannot combine {retention} | {selection}: {type(selection).__name__} reads from everything that was "
-                f"seen, and its heads vote on one set of entries, but {type(retention).__name__} evicts"
+                f"seen, but {type(retention).__name__} evicts"
             )
         if retention is not None:
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
@@ -80,6 +80,10 @@ class _Composite(Policy):
     @property
     def prefill_chunk(self) -> int | None:
         return self._by_axis["selects"].prefill_chunk if self.selects else None
+
+    @property
+    def selects_in_prompts(self) -> bool:
+        return self._by_axis["selects"].selects_in_prompts
 
     @property
     def positions(self) -> str:
