@@ -38,6 +38,7 @@ retention = st.one_of(
     st.builds(kvcache.TOVA, keep=budgets, sinks=st.integers(0, 9), recent=budgets),
     st.builds(kvcache.SnapKV, **windows),
     st.builds(kvcache.PyramidKV, **windows, beta=counts),
+    st.builds(kvcache.CriticalKV, **windows, share=st.floats(0, 1)),
     st.builds(kvcache.AdaKV, **windows, floor=st.floats(0, 1)),
     st.builds(RandomEviction, keep=budgets, sinks=st.integers(0, 9), recent=budgets, seed=st.integers(0, 2**31)),
     st.builds(KNorm, keep=budgets, sinks=st.integers(0, 9), recent=budgets | st.just(0)),

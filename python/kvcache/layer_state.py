@@ -199,6 +199,10 @@ class LayerView:
     recent = property(
         lambda self: self._layer.recent, doc="Newest entries protected, [rows] int32; None: not fixed yet."
     )
+    budgets = property(
+        lambda self: self._layer.budgets,
+        doc="Entries that each head may keep, [rows, heads] int32; None: not fixed yet.",
+    )
     capacity = property(lambda self: self._store.capacity, doc="Slots of each head.")
     most_entries = property(lambda self: self._store.max_count, doc="Entries that no head exceeds; asks no device.")
     decodes = property(
@@ -207,6 +211,15 @@ class LayerView:
     sharded = property(
         lambda self: self._layer.engine.parallel is not None, doc="Whether other ranks hold heads of this layer."
     )
+
+    @property
+    def output_projection(self) -> Tensor:
+        """What brings the values of the query heads here into the hidden state, [query_heads * Dv, hidden], the query
+        heads of a kv head one after the other. Only for a policy that ``needs_output_projection``."""
+        projections = self._layer.engine.projections
+        if projections is None:
+            raise ValueError(f"{self._layer.engine.policy} does not say needs_output_projection")
+        return projections.of(self.index)
 
     @property
     def bytes_per_token(self) -> int:

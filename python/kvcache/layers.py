@@ -15,6 +15,7 @@ from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_fra
 from .compiling import uncompiled
 from .decode_graph import GraphedForward
 from .parallel import TensorParallel
+from .projection import OutputProjections
 from .rotation import Rotation
 from .step import Part, Step
 from .tiers import LayerPlan
@@ -83,8 +84,18 @@ class WrappedState:
         turns = "positions='compact'" if policy.positions == "compact" else str(policy) if policy.observes else None
         if turns is not None and isinstance(found := self._find_rotation(model), ValueError):
             raise ValueError(f"{turns} {found}")
+        self.projections(model, policy)
         if policy.schedules and not self.routed:
             decoder_layers(model, len(self.windows))
+
+    def projections(self, model: PreTrainedModel, policy: Policy) -> OutputProjections | None:
+        """The model's output projections, if ``policy`` needs them; ValueError if they are not known."""
+        if not policy.needs_output_projection:
+            return None
+        try:
+            return OutputProjections(model, self.plan, 1 if self.parallel is None else self.parallel.size)
+        except ValueError as error:
+            raise ValueError(f"{policy} {error}") from None
 
     def rotation(self, model: PreTrainedModel) -> Rotation | None:
         """The model's rotation, if it has one that is understood."""

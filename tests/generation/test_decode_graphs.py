@@ -40,6 +40,7 @@ CAPTURED = (
     "snapkv-evict",
     "snapkv|skipdecode",
     "pyramidkv",
+    "criticalkv|skipdecode",
     "adakv-evict",
 )
 

@@ -32,6 +32,7 @@ POLICIES = {
     "duoattention": kvcache.DuoAttention(((True, False), (False, False)), sinks=2, recent=7),
     "tova": kvcache.TOVA(9),
     "snapkv": kvcache.SnapKV(9, 4, 3),
+    "criticalkv": kvcache.CriticalKV(9, 4, 3),
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
@@ -50,6 +51,7 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "duoattention": kvcache.DuoAttention(((True, True), (True, False)), sinks=2, recent=200),
     "tova": kvcache.TOVA(200),
     "snapkv": kvcache.SnapKV(200, 4, 3),
+    "criticalkv": kvcache.CriticalKV(200, 4, 3),
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
 }
 BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)

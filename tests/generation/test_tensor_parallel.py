@@ -29,6 +29,8 @@ POLICIES = (
     "snapkv(keep=9, window=4, pool=3)",
     "pyramidkv(keep=9, window=4, pool=3, beta=4, generated='evict')",
     "adakv(keep=9, window=4, pool=3)",
+    "criticalkv(keep=9, window=4, pool=3)",
+    "quest(k=16, dense_layers=1)",
 )
 PROMPT, NEW = 24, 12
 WORKER = """

@@ -11,6 +11,7 @@ from kvcache import (
     H2O,
     TOVA,
     AdaKV,
+    CriticalKV,
     DuoAttention,
     ExpectedAttention,
     Full,
@@ -75,6 +76,8 @@ POLICIES: dict[str, Policy] = {
     "snapkv-evict": SnapKV(11, 4, 3, generated="evict"),
     "snapkv|skipdecode": SnapKV(11, 4, 3) | SkipDecode(**SKIP),
     "pyramidkv": PyramidKV(11, 4, 3, beta=4),
+    "criticalkv": CriticalKV(11, 4, 3),
+    "criticalkv|skipdecode": CriticalKV(11, 4, 3, generated="evict") | SkipDecode(**SKIP),
     "adakv": AdaKV(11, 4, 3),
     "adakv-evict": AdaKV(11, 4, 1, generated="evict"),
 }
@@ -109,6 +112,7 @@ GENEROUS: dict[str, Policy] = {
     "snapkv": SnapKV(44, 8),  # the prompt, and what is generated stays
     "snapkv-evict": SnapKV(200, 8, generated="evict"),
     "pyramidkv": PyramidKV(200, 8, beta=2),
+    "criticalkv": CriticalKV(44, 8),
     "adakv": AdaKV(44, 8),
 }
 

@@ -4,6 +4,7 @@ from .adakv import AdaKV
 from .base import NEEDS, Policy, Selection
 from .budget import Budget
 from .compose import compose
+from .criticalkv import CriticalKV
 from .duoattention import DuoAttention
 from .expected_attention import ExpectedAttention
 from .full import Full
@@ -27,6 +28,7 @@ __all__ = [
     "TOVA",
     "AdaKV",
     "Budget",
+    "CriticalKV",
     "DuoAttention",
     "ExpectedAttention",
     "Full",

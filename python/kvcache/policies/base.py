@@ -57,6 +57,8 @@ class Policy:
         generated: "evict": the budget holds at all times; "keep": only a prompt is brought within it, and what follows
             stays, whole, until the next prompt ends (as in papers that compress prompts).
         columns: names of further side columns, filled by :meth:`append_columns`.
+        needs_output_projection: whether the policy reads ``layer.output_projection``; models where that is not known
+            are refused.
         sinks, recent, budget: see :meth:`allocate`; ``budget`` None keeps everything.
         slack: entries by which a head may exceed its budget while decoding. The first one beyond brings it back to the
             budget, so that ``score`` is asked once in ``slack`` + 1 tokens; for scores that take the whole layer to
@@ -70,6 +72,7 @@ class Policy:
     card: ClassVar[Card | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[tuple[str, ...]] = ()
+    needs_output_projection: ClassVar[bool] = False
     observed: int = 0
     generated: str = "evict"
     group_reduction: str = "mean"
