@@ -42,6 +42,13 @@ retention = st.one_of(
     st.builds(kvcache.AdaKV, **windows, floor=st.floats(0, 1)),
     st.builds(RandomEviction, keep=budgets, sinks=st.integers(0, 9), recent=budgets, seed=st.integers(0, 2**31)),
     st.builds(KNorm, keep=budgets, sinks=st.integers(0, 9), recent=budgets | st.just(0)),
+    st.builds(
+        kvcache.QFilters,
+        filters=st.just([[[0.25, -1.5]]]) | st.just([[[3.0], [1e-9]], [[0.1], [-0.0]]]),
+        keep=budgets,
+        sinks=st.integers(0, 9),
+        recent=budgets | st.just(0),
+    ),
     st.builds(KeyDiff, keep=budgets, sinks=st.integers(0, 9), recent=budgets, slack=st.integers(0, 500)),
     st.builds(LagKV, keep=st.integers(60, 10**6) | shares | sizes, sinks=st.integers(0, 9), lag=st.integers(2, 20)),
     st.builds(

@@ -11,6 +11,7 @@ import torch  # noqa: F401  # first: _C looks torch's functions up in the proces
 from . import ops
 from ._C import OutOfPages, PagePool
 from .cache import KVCache
+from .calibration import calibrate_qfilters
 from .engine import PromptTooLong
 from .layer_state import LayerView
 from .policies import (
@@ -26,6 +27,7 @@ from .policies import (
     LagKV,
     Policy,
     PyramidKV,
+    QFilters,
     Quest,
     RandomEviction,
     Selection,
@@ -57,6 +59,7 @@ __all__ = [
     "Policy",
     "PromptTooLong",
     "PyramidKV",
+    "QFilters",
     "Quest",
     "RandomEviction",
     "Report",
@@ -66,6 +69,7 @@ __all__ = [
     "StreamingLLM",
     "TokenSelect",
     "__version__",
+    "calibrate_qfilters",
     "ops",
     "parse_policy",
     "unwrap",

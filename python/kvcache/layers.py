@@ -81,7 +81,8 @@ class WrappedState:
         if policy.observes and (self.materialised or self.plan.self_attending):
             why = "makes keys of what is cached (MLA)" if self.materialised else "computes attention itself"
             raise ValueError(f"{policy} needs queries that are made for the cached keys, but {name} {why}")
-        turns = "positions='compact'" if policy.positions == "compact" else str(policy) if policy.observes else None
+        compact = policy.positions == "compact"
+        turns = "positions='compact'" if compact else str(policy) if policy.needs_rotation else None
         if turns is not None and isinstance(found := self._find_rotation(model), ValueError):
             raise ValueError(f"{turns} {found}")
         self.projections(model, policy)

@@ -30,6 +30,7 @@ CAPTURED = (
     "quest|skipdecode",
     "knorm",
     "knorm|skipdecode",
+    "qfilters",
     "keydiff-slack",
     "keydiff|skipdecode",
     "duoattention",

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.models import build, continued, greedy, padded, prompt
+from support.policies import filters_of
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import kvcache
@@ -33,6 +34,7 @@ POLICIES = {
     "tova": kvcache.TOVA(9),
     "snapkv": kvcache.SnapKV(9, 4, 3),
     "criticalkv": kvcache.CriticalKV(9, 4, 3),
+    "qfilters": kvcache.QFilters(filters_of(2, 2), 9, recent=2),
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
@@ -52,6 +54,7 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "tova": kvcache.TOVA(200),
     "snapkv": kvcache.SnapKV(200, 4, 3),
     "criticalkv": kvcache.CriticalKV(200, 4, 3),
+    "qfilters": kvcache.QFilters(filters_of(2, 2), 200),
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
 }
 BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from support.dense import Oracle, dense_logits
 from support.engines import engine, held, step
 from support.models import build, padded
+from support.policies import filters_of
 from support.runs import run
 from transformers import BloomForCausalLM
 
@@ -87,6 +88,16 @@ def duoattention(policy):
     return rule
 
 
+def qfilters(policy):
+    def rule(layer, head, kept, k, v, n, ends):
+        if len(kept) <= policy.keep:
+            return kept
+        worth = -k @ torch.tensor(policy.filters[layer][head], dtype=k.dtype)
+        return best(kept, policy.keep, worth, policy.sinks, n - policy.recent)
+
+    return rule
+
+
 def lagkv(policy):
     places = {}
 
@@ -147,6 +158,12 @@ def duo(name, **options):
     return kvcache.DuoAttention(tuple(layer[:heads] for layer in CLASSES), **options)
 
 
+def filtered(name, **options):
+    """Random filters for a model with as many kv heads as ``name`` has."""
+    heads = {"llama-mqa": 1, "llama-mha": 4}.get(name, 2)
+    return kvcache.QFilters(filters_of(LAYERS, heads), **options)
+
+
 CASES = {
     "knorm": (kvcache.KNorm(10, sinks=2, recent=3), knorm),
     "knorm-bare": (kvcache.KNorm(9), knorm),
@@ -159,6 +176,7 @@ CASES = {
     "expectedattention": (kvcache.ExpectedAttention(11, horizon=20, sinks=2, recent=3), expected_attention),
     "expectedattention-slack": (kvcache.ExpectedAttention(9, horizon=5, sinks=0, slack=4), expected_attention),
     "duoattention": (duo("", sinks=2, recent=9), duoattention),
+    "qfilters": (filtered("", keep=10, sinks=2, recent=3), qfilters),
 }
 
 
@@ -180,6 +198,8 @@ def test_every_head_keeps_what_the_rule_says(case, name, backend):
     policy, make = CASES[case]
     if case == "duoattention":
         policy = duo(name, sinks=2, recent=9)
+    if case == "qfilters":
+        policy = filtered(name, keep=10, sinks=2, recent=3)
     if case.startswith("knorm") and name == "qwen3":
         name = "qwen2"  # qwen3 normalises its keys: here, with weights of 1, all have the same norm
     model = kvcache.wrap(build(name), policy, page_size=4)

@@ -20,6 +20,7 @@ from kvcache import (
     LagKV,
     Policy,
     PyramidKV,
+    QFilters,
     Quest,
     RandomEviction,
     SkipDecode,
@@ -32,6 +33,12 @@ LAYERS = 5
 RETRIEVAL = ((True, False), (False, False), (False, True), (True, True), (False, False))
 SELECT = {"k": 8, "sinks": 2, "local": 6, "reuse": 0.4, "chunk": 5}
 SKIP = {"min_layers": 2, "max_layers": 4, "horizon": 70}
+
+
+def filters_of(layers: int, heads: int) -> list:
+    """Random filters [layers][heads][16]."""
+    return torch.randn(layers, heads, 16, generator=torch.Generator().manual_seed(1)).tolist()
+
 
 POLICIES: dict[str, Policy] = {
     "full": Full(),
@@ -58,6 +65,8 @@ POLICIES: dict[str, Policy] = {
     "skipdecode|compact": SkipDecode(**SKIP, prompt="n_max") | TokenSelect(**SELECT, positions="compact"),
     "knorm": KNorm(11, sinks=1, recent=3),
     "knorm|skipdecode": KNorm(11, sinks=1, recent=3) | SkipDecode(**SKIP),
+    "qfilters": QFilters(filters_of(LAYERS, 2), 11, sinks=1, recent=3),
+    "qfilters|skipdecode": QFilters(filters_of(LAYERS, 2), 11, recent=3) | SkipDecode(**SKIP),
     "keydiff": KeyDiff(11, sinks=1, recent=2),
     "keydiff-slack": KeyDiff(0.25, recent=3, slack=5),
     "keydiff|skipdecode": KeyDiff(11, recent=2, slack=3) | SkipDecode(**SKIP),
@@ -103,6 +112,7 @@ GENEROUS: dict[str, Policy] = {
     "h2o|skipdecode": H2O(100, 100) | SkipDecode(LAYERS, LAYERS, prompt="n_max"),
     "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),
     "knorm": KNorm(200),
+    "qfilters": QFilters(filters_of(LAYERS, 2), 200),
     "keydiff": KeyDiff(60, recent=1, slack=6),  # the budget and its slack together are just enough
     "duoattention": DuoAttention(((True, True),) * LAYERS, sinks=1, recent=1),
     "duoattention-streaming": DuoAttention(((False, True),) * LAYERS, sinks=6, recent=60),

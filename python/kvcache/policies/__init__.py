@@ -13,6 +13,7 @@ from .keydiff import KeyDiff
 from .knorm import KNorm
 from .lagkv import LagKV
 from .pyramidkv import PyramidKV
+from .qfilters import QFilters
 from .quest import Quest
 from .random_eviction import RandomEviction
 from .skipdecode import SkipDecode
@@ -37,6 +38,7 @@ __all__ = [
     "LagKV",
     "Policy",
     "PyramidKV",
+    "QFilters",
     "Quest",
     "RandomEviction",
     "Selection",

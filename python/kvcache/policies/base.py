@@ -57,6 +57,8 @@ class Policy:
         generated: "evict": the budget holds at all times; "keep": only a prompt is brought within it, and what follows
             stays, whole, until the next prompt ends (as in papers that compress prompts).
         columns: names of further side columns, filled by :meth:`append_columns`.
+        needs_rotation: whether the policy takes the rotation off queries or keys; models without one that is known are
+            refused.
         needs_output_projection: whether the policy reads ``layer.output_projection``; models where that is not known
             are refused.
         sinks, recent, budget: see :meth:`allocate`; ``budget`` None keeps everything.
@@ -72,6 +74,7 @@ class Policy:
     card: ClassVar[Card | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[tuple[str, ...]] = ()
+    needs_rotation: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
     observed: int = 0
     generated: str = "evict"
