@@ -49,6 +49,15 @@ retention = st.one_of(
         sinks=st.integers(0, 9),
         recent=budgets | st.just(0),
     ),
+    st.builds(
+        kvcache.RKV,
+        keep=st.integers(100, 10**6) | shares | sizes,
+        window=st.integers(1, 99),
+        lam=st.floats(0, 1),
+        buffer=counts,
+        pool=st.sampled_from([1, 5, 7]),
+        threshold=st.floats(-1, 1),
+    ),
     st.builds(KeyDiff, keep=budgets, sinks=st.integers(0, 9), recent=budgets, slack=st.integers(0, 500)),
     st.builds(LagKV, keep=st.integers(60, 10**6) | shares | sizes, sinks=st.integers(0, 9), lag=st.integers(2, 20)),
     st.builds(

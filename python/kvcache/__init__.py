@@ -16,6 +16,7 @@ from .engine import PromptTooLong
 from .layer_state import LayerView
 from .policies import (
     H2O,
+    RKV,
     TOVA,
     AdaKV,
     CriticalKV,
@@ -43,6 +44,7 @@ from .wrap import unwrap, wrap
 __version__ = "0.1.0"
 __all__ = [
     "H2O",
+    "RKV",
     "TOVA",
     "AdaKV",
     "CriticalKV",

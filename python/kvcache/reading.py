@@ -47,13 +47,13 @@ class Reading:
         step = self.step
         assert step is not None
         out = self._read(layer, q, ask, dense, step)
-        if step.prompt and self.policy.observes:
+        if self.policy.observes and (step.prompt or self.policy.observes_generated):
             layer.scale = ask.scale
             self._observe(layer, q if step.repeats is None else step.repeats.once(q), step)
         return out
 
     def _observe(self, layer: Layer, q: Tensor, step: Step) -> None:
-        """Show the policy queries of a prompt, or note them while it is open which will be accepted."""
+        """Show the policy the step's queries, or note them while it is open which will be accepted."""
         positions, active = step.on(q.device, step.positions), step.routed.get(layer.index)
         if active is not None:
             positions = torch.where(step.on(q.device, active), positions, -1)

@@ -8,7 +8,17 @@ from support.policies import POLICIES
 import kvcache
 
 NAMES = ["full", "streamingllm", "h2o", "random", "tokenselect", "skipdecode", "h2o|skipdecode"]
-NAMES += ["keydiff-slack", "lagkv", "duoattention", "expectedattention", "tova", "snapkv", "adakv-evict"]
+NAMES += [
+    "keydiff-slack",
+    "lagkv",
+    "duoattention",
+    "expectedattention",
+    "tova",
+    "snapkv",
+    "adakv-evict",
+    "quest",
+    "rkv",
+]
 
 
 @pytest.mark.parametrize("seed", [0, 5])  # an assistant that is always right, and one that is mostly wrong

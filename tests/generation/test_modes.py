@@ -35,6 +35,7 @@ POLICIES = {
     "snapkv": kvcache.SnapKV(9, 4, 3),
     "criticalkv": kvcache.CriticalKV(9, 4, 3),
     "qfilters": kvcache.QFilters(filters_of(2, 2), 9, recent=2),
+    "rkv": kvcache.RKV(9, window=3, lam=0.4, buffer=3, pool=3),
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
@@ -55,6 +56,7 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "snapkv": kvcache.SnapKV(200, 4, 3),
     "criticalkv": kvcache.CriticalKV(200, 4, 3),
     "qfilters": kvcache.QFilters(filters_of(2, 2), 200),
+    "rkv": kvcache.RKV(200),
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
 }
 BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)

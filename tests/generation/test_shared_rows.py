@@ -10,7 +10,17 @@ import kvcache
 from kvcache.layers import first_alike
 
 NAMES = ["full", "streamingllm", "h2o", "random", "tokenselect", "skipdecode", "h2o|skipdecode"]
-NAMES += ["keydiff-slack", "lagkv", "duoattention", "expectedattention", "tova", "snapkv", "adakv-evict"]
+NAMES += [
+    "keydiff-slack",
+    "lagkv",
+    "duoattention",
+    "expectedattention",
+    "tova",
+    "snapkv",
+    "adakv-evict",
+    "quest",
+    "rkv",
+]
 
 
 def prefilled(model, ids, mask=None):

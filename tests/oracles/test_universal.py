@@ -266,6 +266,7 @@ def test_o9_bytes_are_what_the_pool_holds(name, page_size, backend):
         budget |= {
             "lagkv-share": 22,
             "expectedattention-slack": 8,
+            "rkv|skipdecode": 13,
             "duoattention": TOTAL,
             "duoattention|skipdecode": TOTAL,
         }

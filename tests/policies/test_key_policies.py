@@ -98,6 +98,30 @@ def qfilters(policy):
     return rule
 
 
+def rkv(policy):
+    def rule(layer, head, kept, k, v, n, ends):
+        if len(kept) <= policy.keep + (0 if ends else policy.buffer - 1):
+            return kept
+        old, given = [p for p in kept if p < n - policy.window], 0
+        voters = range(max(n - policy.window, 0), n)
+        for t in voters:
+            given = given + (torch.stack([q[t] @ k[old].T for q in rule.queries]).amax(0) / 4).softmax(0)
+        mean, half = [float(x) / len(voters) for x in given], policy.pool // 2
+        attention = {p: max(mean[max(i - half, 0) : i + half + 1]) for i, p in enumerate(old)}
+        unit = k[kept] / k[kept].norm(dim=1, keepdim=True)
+        cosine = unit @ unit.T
+        for i in range(len(kept)):
+            cosine[i, i] = 0.0
+            alike = [j for j in range(len(kept)) if j != i and cosine[i, j] > policy.threshold]
+            if alike:
+                cosine[i, alike[-1]] = 0.0
+        redundancy = dict(zip(kept, cosine.mean(0).softmax(0).tolist()))
+        worth = {p: policy.lam * attention[p] - (1 - policy.lam) * redundancy[p] for p in old}
+        return best(kept, policy.keep, worth, 0, n - policy.window)
+
+    return rule
+
+
 def lagkv(policy):
     places = {}
 
@@ -177,6 +201,9 @@ CASES = {
     "expectedattention-slack": (kvcache.ExpectedAttention(9, horizon=5, sinks=0, slack=4), expected_attention),
     "duoattention": (duo("", sinks=2, recent=9), duoattention),
     "qfilters": (filtered("", keep=10, sinks=2, recent=3), qfilters),
+    "rkv": (kvcache.RKV(13, window=4, lam=0.3, buffer=5, pool=3), rkv),
+    "rkv-bare": (kvcache.RKV(9, window=1, buffer=1, pool=1, threshold=0.2), rkv),
+    "rkv-redundancy": (kvcache.RKV(12, window=3, lam=0, buffer=3, threshold=0.1), rkv),
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcache import (
     H2O,
+    RKV,
     TOVA,
     AdaKV,
     CriticalKV,
@@ -67,6 +68,8 @@ POLICIES: dict[str, Policy] = {
     "knorm|skipdecode": KNorm(11, sinks=1, recent=3) | SkipDecode(**SKIP),
     "qfilters": QFilters(filters_of(LAYERS, 2), 11, sinks=1, recent=3),
     "qfilters|skipdecode": QFilters(filters_of(LAYERS, 2), 11, recent=3) | SkipDecode(**SKIP),
+    "rkv": RKV(11, window=3, lam=0.4, buffer=4, pool=3),
+    "rkv|skipdecode": RKV(0.3, window=2, lam=0.2, buffer=1) | SkipDecode(**SKIP),
     "keydiff": KeyDiff(11, sinks=1, recent=2),
     "keydiff-slack": KeyDiff(0.25, recent=3, slack=5),
     "keydiff|skipdecode": KeyDiff(11, recent=2, slack=3) | SkipDecode(**SKIP),
@@ -113,6 +116,7 @@ GENEROUS: dict[str, Policy] = {
     "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),
     "knorm": KNorm(200),
     "qfilters": QFilters(filters_of(LAYERS, 2), 200),
+    "rkv": RKV(63, buffer=4),
     "keydiff": KeyDiff(60, recent=1, slack=6),  # the budget and its slack together are just enough
     "duoattention": DuoAttention(((True, True),) * LAYERS, sinks=1, recent=1),
     "duoattention-streaming": DuoAttention(((False, True),) * LAYERS, sinks=6, recent=60),

@@ -16,6 +16,7 @@ from .pyramidkv import PyramidKV
 from .qfilters import QFilters
 from .quest import Quest
 from .random_eviction import RandomEviction
+from .rkv import RKV
 from .skipdecode import SkipDecode
 from .snapkv import SnapKV
 from .streamingllm import StreamingLLM
@@ -26,6 +27,7 @@ from .tova import TOVA
 __all__ = [
     "H2O",
     "NEEDS",
+    "RKV",
     "TOVA",
     "AdaKV",
     "Budget",

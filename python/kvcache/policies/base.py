@@ -57,6 +57,8 @@ class Policy:
         generated: "evict": the budget holds at all times; "keep": only a prompt is brought within it, and what follows
             stays, whole, until the next prompt ends (as in papers that compress prompts).
         columns: names of further side columns, filled by :meth:`append_columns`.
+        observes_generated: whether :meth:`observe` is shown the queries of generated tokens as well; such steps are not
+            captured as graphs.
         needs_rotation: whether the policy takes the rotation off queries or keys; models without one that is known are
             refused.
         needs_output_projection: whether the policy reads ``layer.output_projection``; models where that is not known
@@ -74,6 +76,7 @@ class Policy:
     card: ClassVar[Card | None] = None
     needs: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[tuple[str, ...]] = ()
+    observes_generated: ClassVar[bool] = False
     needs_rotation: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
     observed: int = 0
@@ -129,7 +132,7 @@ class Policy:
 
     @property
     def observes(self) -> bool:
-        """Whether the policy wants to see the queries of prompts."""
+        """Whether the policy wants to see queries: those of prompts, of all tokens with ``observes_generated``."""
         return type(self).observe is not Policy.observe
 
     def observe(self, layer: LayerView, queries: Tensor, positions: Tensor) -> None:

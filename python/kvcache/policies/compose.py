@@ -37,7 +37,9 @@ class _Composite(Policy):
         if retention is not None:
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))
-            for name in ("observed", "generated", "needs_rotation", "needs_output_projection"):
+            for name in ("observed", "generated"):
+                setattr(self, name, getattr(retention, name))
+            for name in ("observes_generated", "needs_rotation", "needs_output_projection"):
                 setattr(self, name, getattr(retention, name))
 
     @property
