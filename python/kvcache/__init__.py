@@ -13,6 +13,7 @@ from ._C import OutOfPages, PagePool
 from .cache import KVCache
 from .calibration import calibrate_qfilters
 from .engine import PromptTooLong
+from .gated_attention import calibrate_duoattention
 from .layer_state import LayerView
 from .policies import (
     H2O,
@@ -71,6 +72,7 @@ __all__ = [
     "StreamingLLM",
     "TokenSelect",
     "__version__",
+    "calibrate_duoattention",
     "calibrate_qfilters",
     "ops",
     "parse_policy",

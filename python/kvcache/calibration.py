@@ -51,13 +51,7 @@ def calibrate_qfilters(
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {target}")
-    texts = [input_ids] if isinstance(input_ids, Tensor) else list(input_ids)
-    for text in texts:
-        if not isinstance(text, Tensor) or text.ndim != 2 or text.is_floating_point() or not text.numel():
-            shape = list(text.shape) if isinstance(text, Tensor) else text
-            raise ValueError(f"input_ids must be token ids [rows, tokens], or several of these, got {shape!r}")
-    if not texts:
-        raise ValueError("input_ids is empty: there is nothing to read")
+    texts = check_texts(input_ids)
     with _ready(model), torch.no_grad():
         state = wrapped_state(model)
         assert state is not None
@@ -83,6 +77,18 @@ def calibrate_qfilters(
             filters.append(-(direction * side).unflatten(0, (-1, groups)).mean(1))
     save_file({"q_filters": torch.stack(filters).float().contiguous()}, target)
     return target
+
+
+def check_texts(input_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Texts to calibrate on, as a list; ValueError naming ``input_ids`` unless they are token ids [rows, tokens]."""
+    texts = [input_ids] if isinstance(input_ids, Tensor) else list(input_ids)
+    for text in texts:
+        if not isinstance(text, Tensor) or text.ndim != 2 or text.is_floating_point() or not text.numel():
+            shape = list(text.shape) if isinstance(text, Tensor) else text
+            raise ValueError(f"input_ids must be token ids [rows, tokens], or several of these, got {shape!r}")
+    if not texts:
+        raise ValueError("input_ids is empty: there is nothing to read")
+    return texts
 
 
 @contextmanager
