@@ -95,7 +95,7 @@ def calibrate_duoattention(
             found = _last_hidden(model, texts[i], answer, gates)
             loss = (found - wanted[i]).float().square().mean() + penalty * gates.sum()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             with torch.no_grad():
                 gates.clamp_(0.0, 1.0)
