@@ -14,6 +14,7 @@ from .cache import KVCache
 from .calibration import calibrate_qfilters
 from .engine import PromptTooLong
 from .gated_attention import calibrate_duoattention
+from .kvzip import compress
 from .layer_state import LayerView
 from .policies import (
     H2O,
@@ -74,6 +75,7 @@ __all__ = [
     "__version__",
     "calibrate_duoattention",
     "calibrate_qfilters",
+    "compress",
     "ops",
     "parse_policy",
     "unwrap",
