@@ -52,9 +52,13 @@ def needs(policy: type[Policy]) -> str:
 
     found = [_STATISTICS[name] for name in sorted(policy.needs)]
     if policy.observe is not Policy.observe:
-        found.append("queries of the prompt")
+        found.append("queries of every step" if policy.observes_generated else "queries of the prompt")
     if policy.select is not Policy.select:
         found.append("the queries of every step")
     if policy.columns:
         found.append("a number beside every entry")
+    if policy.needs_rotation:
+        found.append("a rotation that is known")
+    if policy.needs_output_projection:
+        found.append("the output projection")
     return ", ".join(found)

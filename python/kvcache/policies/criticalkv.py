@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from .card import Card
 from .observation import _ObservationWindow
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ class CriticalKV(_ObservationWindow):
     stored, which costs what the output projection of the layer costs. Models whose output projection is not known, or
     does not read the values that are cached, are refused at ``wrap``.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2502.03805, Algorithm 1; kvpress",
+        rule=(
+            "SnapKV's scores s; beside the window, `share` of `keep - window` by s, the others by "
+            "(s + 1e-4) ‖W_o v‖₁, group mean of the norms."
+        ),
+        holds="`keep` of the prompt, and what is generated",
+        cost="the norm of the new token's projected value",
+        use="As SnapKV, where values differ much in what they bring.",
+    )
 
     share: float = 0.5
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .budget import Budget
+from .card import Card
 from .files import read_numbers
 from .keeping import _Keeping
 
@@ -41,6 +42,17 @@ class QFilters(_Keeping):
     The product is taken with keys as the model rotated them, once, when a token is stored: a decode step computes
     nothing else for it. A path stays a path in the text form, anything else is written out.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2503.02812, section 3",
+        rule=(
+            "-⟨filter, k⟩, the filter of a kv head being minus the main direction of its queries: the `keep` largest "
+            "stay."
+        ),
+        holds="`keep`",
+        cost="one dot product per new token, choosing one victim per head",
+        use="Without attention, where the question is not known yet; needs filters calibrated for the model.",
+    )
 
     filters: Filters | str | None = None
     keep: Budget = 0.2

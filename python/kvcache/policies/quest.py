@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .base import Policy, Selection
 from .budget import check_count
+from .card import Card
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -37,6 +38,18 @@ class Quest(Policy):
     What the paper, whose models have a kv head per query head, leaves open: the query heads of a group choose together,
     by the mean of their bounds, for pages are read once per kv head. Layers with a sliding window read their window.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2406.10774, Algorithm 1",
+        rule=(
+            "score of a page = Σ_d max(q_d min_d, q_d max_d), mean over a kv head's group; each kv head reads the "
+            "pages of `k` tokens with the largest scores, the newest page always; everything in prompts and in the "
+            "first `dense_layers` layers."
+        ),
+        holds="every token, and two bounds per page",
+        cost="reading the bounds of all pages",
+        use="Long contexts that must stay retrievable, heads for themselves: time is saved, memory is not.",
+    )
 
     k: int = 2048
     dense_layers: int = 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .budget import FAR, Budget, check_count
+from .card import Card
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -46,6 +47,18 @@ class RKV(_Keeping):
     An eviction computes the cosines of all pairs of a head's entries: its time grows with the square of their number.
     Softcaps are not modelled. Models whose queries are not made for the cached keys (MLA) are refused at ``wrap``.
     """
+
+    card: ClassVar[Card | None] = Card(
+        source="arXiv 2505.24133, section 3",
+        rule=(
+            "`lam` · attention - (1 - `lam`) · redundancy: the softmax of the newest `window` queries, largest logit "
+            "of the group, mean, largest of `pool` neighbours; and the softmax of a key's mean cosine with the "
+            "others, of alike ones the most recent spared."
+        ),
+        holds="`keep`, and up to `buffer - 1` more; `window` queries per query head",
+        cost="noting the query; the cosines of all pairs of keys, once in `buffer` steps",
+        use="Long generations that repeat themselves, such as chains of thought.",
+    )
 
     keep: Budget = 1024
     window: int = 8
