@@ -309,6 +309,10 @@ class Reading:
                 place = torch.arange(tokens, dtype=torch.int32, device=q.device).expand(rows, -1)
                 place = place + self.policy.query_place
                 selection = self.policy.select(layer.view(), rotation.rotate(part, place), voting)
+                if selection is not None:
+                    selection = selection.slots(store.storage.page_size, store.counts)
+                    if selection.index.shape[1] > 1:
+                        raise ValueError(f"{self.policy}: positions='compact' needs one list for all kv heads")
             end = limit.amax(1) + 1
             if selection is None:
                 counts = layer.view().entries_before(end)[:, None]

@@ -93,6 +93,12 @@ def test_the_same_tokens_by_replays(gpu, policy, side):
             torch.testing.assert_close(*(torch.where(live, x, 0.0) for x in scores), rtol=1e-4, atol=1e-5)
 
 
+def test_a_policy_that_observes_every_query_decodes_without_a_graph(gpu):
+    here, there = both(gpu, POLICIES["rkv"], prompt(30, rows=2), new=12)
+    assert torch.equal(here.sequences, host(there.sequences))
+    assert there.past_key_values.graphs.captures == there.past_key_values.graphs.replays == 0
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(gpu, name):
     here, there = both(gpu, POLICIES["h2o"], prompt(WINDOW + 3, rows=2), name=name, new=16)

@@ -31,6 +31,8 @@ POLICIES = (
     "adakv(keep=9, window=4, pool=3)",
     "criticalkv(keep=9, window=4, pool=3)",
     "quest(k=16, dense_layers=1)",
+    "rkv(keep=9, window=3, lam=0.5, buffer=2, pool=3)",
+    str(kvcache.QFilters(torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0)), 9, recent=2)),
 )
 PROMPT, NEW = 24, 12
 WORKER = """

@@ -143,3 +143,27 @@ def test_bad_arguments_are_named(text, message):
         kvcache.parse_policy(text)
     with pytest.raises(TypeError, match="k must be an int, got 0.5"):
         kvcache.parse_policy("quest(k=0.5)")
+
+
+def test_compact_positions_need_one_list_for_all_heads():
+    """A policy of one's own may list pages; by place in the list keys are rotated only where all heads share it."""
+
+    class _Pages(kvcache.Policy):
+        positions, page_bounds = "compact", True
+        lists = 1
+
+        def select(self, layer, queries, positions):
+            at = positions.amax(1).clamp(min=0)
+            chosen = layer.choose_pages(queries[:, :, -1], 2, at)
+            return kvcache.Selection(chosen.index[:, : self.lists], chosen.counts[:, : self.lists], pages=True)
+
+        def __str__(self):
+            return "pages"
+
+    ids = prompt(40, seed=4)
+    model = kvcache.wrap(build(), _Pages())
+    with torch.no_grad():
+        run(model, ids, 30)
+        kvcache.wrap(model, type("_Two", (_Pages,), {"lists": 2})())
+        with pytest.raises(ValueError, match="pages: positions='compact' needs one list for all kv heads"):
+            run(model, ids, 30)

@@ -67,7 +67,6 @@ POLICIES: dict[str, Policy] = {
     "knorm": KNorm(11, sinks=1, recent=3),
     "knorm|skipdecode": KNorm(11, sinks=1, recent=3) | SkipDecode(**SKIP),
     "qfilters": QFilters(filters_of(LAYERS, 2), 11, sinks=1, recent=3),
-    "qfilters|skipdecode": QFilters(filters_of(LAYERS, 2), 11, recent=3) | SkipDecode(**SKIP),
     "rkv": RKV(11, window=3, lam=0.4, buffer=4, pool=3),
     "rkv|skipdecode": RKV(0.3, window=2, lam=0.2, buffer=1) | SkipDecode(**SKIP),
     "keydiff": KeyDiff(11, sinks=1, recent=2),
