@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .tiers import index_of
@@ -62,8 +61,9 @@ class OutputProjections:
 
 def _plain(module: nn.Linear | Conv1D) -> Tensor | None:
     """The part of a weight that is here, [inputs, outputs]; None if it is quantised."""
-    weight: Tensor = module.weight
-    weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    weight: Any = module.weight
+    if hasattr(weight, "to_local"):  # a DTensor, of tensor-parallel ranks
+        weight = weight.to_local()
     if weight.ndim != 2 or not weight.is_floating_point():
         return None
     return weight if isinstance(module, Conv1D) else weight.T
