@@ -39,9 +39,26 @@ retention = st.one_of(
     st.builds(kvcache.TOVA, keep=budgets, sinks=st.integers(0, 9), recent=budgets),
     st.builds(kvcache.SnapKV, **windows),
     st.builds(kvcache.PyramidKV, **windows, beta=counts),
+    st.builds(kvcache.CriticalKV, **windows, share=st.floats(0, 1)),
     st.builds(kvcache.AdaKV, **windows, floor=st.floats(0, 1)),
     st.builds(RandomEviction, keep=budgets, sinks=st.integers(0, 9), recent=budgets, seed=st.integers(0, 2**31)),
     st.builds(KNorm, keep=budgets, sinks=st.integers(0, 9), recent=budgets | st.just(0)),
+    st.builds(
+        kvcache.QFilters,
+        filters=st.just([[[0.25, -1.5]]]) | st.just([[[3.0], [1e-9]], [[0.1], [-0.0]]]),
+        keep=budgets,
+        sinks=st.integers(0, 9),
+        recent=budgets | st.just(0),
+    ),
+    st.builds(
+        kvcache.RKV,
+        keep=st.integers(100, 10**6) | shares | sizes,
+        window=st.integers(1, 99),
+        lam=st.floats(0, 1),
+        buffer=counts,
+        pool=st.sampled_from([1, 5, 7]),
+        threshold=st.floats(-1, 1),
+    ),
     st.builds(KeyDiff, keep=budgets, sinks=st.integers(0, 9), recent=budgets, slack=st.integers(0, 500)),
     st.builds(LagKV, keep=st.integers(60, 10**6) | shares | sizes, sinks=st.integers(0, 9), lag=st.integers(2, 20)),
     st.builds(
@@ -70,7 +87,7 @@ retention = st.one_of(
         seed=st.integers(0, 2**31),
     ),
 )
-selection = st.builds(
+selection = st.builds(kvcache.Quest, k=counts, dense_layers=st.integers(0, 99)) | st.builds(
     TokenSelect,
     k=counts,
     sinks=st.integers(0, 99),

@@ -11,14 +11,19 @@ import torch  # noqa: F401  # first: _C looks torch's functions up in the proces
 from . import ops
 from ._C import OutOfPages, PagePool
 from .cache import KVCache
+from .calibration import calibrate_qfilters
 from .engine import PromptTooLong
 from .gate_training import GateRecipe, train_gates
+from .gated_attention import calibrate_duoattention
 from .gates import Gates
+from .kvzip import compress
 from .layer_state import LayerView
 from .policies import (
     H2O,
+    RKV,
     TOVA,
     AdaKV,
+    CriticalKV,
     DuoAttention,
     ExpectedAttention,
     Full,
@@ -29,6 +34,8 @@ from .policies import (
     Policy,
     PromptDistill,
     PyramidKV,
+    QFilters,
+    Quest,
     RandomEviction,
     Selection,
     SkipDecode,
@@ -44,8 +51,10 @@ from .wrap import unwrap, wrap
 __version__ = "0.1.0"
 __all__ = [
     "H2O",
+    "RKV",
     "TOVA",
     "AdaKV",
+    "CriticalKV",
     "DuoAttention",
     "ExpectedAttention",
     "Full",
@@ -63,6 +72,8 @@ __all__ = [
     "PromptDistill",
     "PromptTooLong",
     "PyramidKV",
+    "QFilters",
+    "Quest",
     "RandomEviction",
     "Report",
     "Selection",
@@ -72,6 +83,9 @@ __all__ = [
     "TokenSelect",
     "TrimKV",
     "__version__",
+    "calibrate_duoattention",
+    "calibrate_qfilters",
+    "compress",
     "ops",
     "parse_policy",
     "train_gates",

@@ -110,6 +110,7 @@ class KVCache(Cache):
                 kv_dtype=dtype,
                 max_tokens=max_tokens,
                 rotation=rotation,
+                projections=state.projections(model, resolved),
                 parallel=state.parallel,
                 prefill=prefill,
             ),

@@ -192,6 +192,8 @@ def places_given(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
 
 def phases_of(cache: KVCache) -> tuple:
     """What a selecting policy goes by on the host, in the layers that it selects from; None where it may change."""
+    if cache.policy.observes_generated:  # what it remembers is new tensors after every step
+        return (None,)
     if not cache.policy.selects:
         return ()
     layers = [x for x in cache.engine.layers if x.window is None and x.store is not None]

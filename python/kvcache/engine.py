@@ -26,6 +26,7 @@ from .store import Added, LayerStore, PageStorage
 
 if TYPE_CHECKING:
     from .parallel import TensorParallel
+    from .projection import OutputProjections
     from .rotation import Rotation
 
 
@@ -41,13 +42,14 @@ class Engine(Reading, Evicting):
         kv_dtype: torch.dtype | None,
         max_tokens: int | None,
         rotation: Rotation | None = None,
+        projections: OutputProjections | None = None,
         parallel: TensorParallel | None = None,
         prefill: str = "whole",
     ) -> None:
         self.policy = policy
         self.prefill = prefill
         self.page_size, self.kv_dtype, self.max_tokens = page_size, kv_dtype, max_tokens
-        self.rotation, self.parallel = rotation, parallel
+        self.rotation, self.projections, self.parallel = rotation, projections, parallel
         if "window_attention" in policy.needs and policy.observed < 1:
             raise ValueError(f"{policy}: window_attention needs observed queries, 1 or more, got {policy.observed}")
         self.compact = policy.positions == "compact"
@@ -542,6 +544,7 @@ class Engine(Reading, Evicting):
             kv_dtype=self.kv_dtype,
             max_tokens=self.max_tokens,
             rotation=self.rotation,
+            projections=self.projections,
             parallel=self.parallel,
             prefill=self.prefill,
         )

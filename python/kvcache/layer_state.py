@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.two_stage import two_stage_selection
+from .ops.two_stage import best_pages, two_stage_selection
 from .policies.base import Selection
 from .policies.budget import FAR
 from .step import Attention, Counted, Pages, Step
@@ -200,6 +200,10 @@ class LayerView:
     recent = property(
         lambda self: self._layer.recent, doc="Newest entries protected, [rows] int32; None: not fixed yet."
     )
+    budgets = property(
+        lambda self: self._layer.budgets,
+        doc="Entries that each head may keep, [rows, heads] int32; None: not fixed yet.",
+    )
     capacity = property(lambda self: self._store.capacity, doc="Slots of each head.")
     most_entries = property(lambda self: self._store.max_count, doc="Entries that no head exceeds; asks no device.")
     decodes = property(
@@ -227,6 +231,15 @@ class LayerView:
     def of_layer(self, index: int) -> LayerView:
         """The view of another layer of the same cache, which has run already."""
         return LayerView(self._layer.engine.layers[index])
+
+    @property
+    def output_projection(self) -> Tensor:
+        """What brings the values of the query heads here into the hidden state, [query_heads * Dv, hidden], the query
+        heads of a kv head one after the other. Only for a policy that ``needs_output_projection``."""
+        projections = self._layer.engine.projections
+        if projections is None:
+            raise ValueError(f"{self._layer.engine.policy} does not say needs_output_projection")
+        return projections.of(self.index)
 
     @property
     def bytes_per_token(self) -> int:
@@ -417,6 +430,19 @@ class LayerView:
             votes.scatter_add_(2, slots.flatten(1)[:, None], (best > float("-inf")).float().flatten(1)[:, None])
         total = self.over_heads(votes)
         return total.masked_fill(logits[:, :1] == float("-inf"), float("-inf"))
+
+    def choose_pages(self, query: Tensor, pages: int, newest: Tensor) -> Selection:
+        """For every kv head the ``pages`` pages whose keys may have the largest dot products with its query heads of
+        ``query`` [rows, query_heads, Dk], by the sum of their bounds; the page of position ``newest`` [rows] int32 in
+        any case, and nothing behind that. Needs ``page_bounds``; asks no device."""
+        s = self._store
+        assert s.storage.bounds is not None
+        held = self.entries_before(newest + 1)[:, None].expand(-1, self.heads).contiguous()
+        none = torch.zeros_like(newest)
+        scores = ops.page_scores(
+            query, s.storage.bounds, s.table, held, s.positions, none, newest, 1.0, soft=False, per_head=True
+        )
+        return Selection(*best_pages(scores, held, s.storage.page_size, min(pages, s.table.shape[2])), pages=True)
 
     def over_heads(self, x: Tensor) -> Tensor:
         """A sum over the heads here as the sum over all: tensor-parallel ranks add theirs."""

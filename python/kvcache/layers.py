@@ -15,6 +15,7 @@ from .attention import CACHE_ARGUMENTS, NAME, Frame, cache_argument, current_fra
 from .compiling import uncompiled
 from .decode_graph import GraphedForward
 from .parallel import TensorParallel
+from .projection import OutputProjections
 from .reading import Scouted
 from .rotation import Rotation
 from .step import Narrow, Part, Step
@@ -88,11 +89,22 @@ class WrappedState:
         if (policy.observes or policy.routes) and (self.materialised or self.plan.self_attending):
             why = "makes keys of what is cached (MLA)" if self.materialised else "computes attention itself"
             raise ValueError(f"{policy} needs queries that are made for the cached keys, but {name} {why}")
-        turns = "positions='compact'" if policy.positions == "compact" else str(policy) if policy.observes else None
+        compact = policy.positions == "compact"
+        turns = "positions='compact'" if compact else str(policy) if policy.needs_rotation else None
         if turns is not None and isinstance(found := self._find_rotation(model), ValueError):
             raise ValueError(f"{turns} {found}")
+        self.projections(model, policy)
         if (policy.schedules or policy.routes) and not self.routed:
             decoder_layers(model, len(self.windows))
+
+    def projections(self, model: PreTrainedModel, policy: Policy) -> OutputProjections | None:
+        """The model's output projections, if ``policy`` needs them; ValueError if they are not known."""
+        if not policy.needs_output_projection:
+            return None
+        try:
+            return OutputProjections(model, self.plan, 1 if self.parallel is None else self.parallel.size)
+        except ValueError as error:
+            raise ValueError(f"{policy} {error}") from None
 
     def rotation(self, model: PreTrainedModel) -> Rotation | None:
         """The model's rotation, if it has one that is understood."""

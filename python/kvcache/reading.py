@@ -57,7 +57,7 @@ class Reading:
         assert step is not None
         new = layer.new
         out = self._read(layer, q, ask, dense, step)
-        if step.prompt and self.policy.observes:
+        if self.policy.observes and (step.prompt or self.policy.observes_generated):
             layer.scale = ask.scale
             self._observe(layer, q if step.repeats is None else step.repeats.once(q), step)
         if step.prompt and layer.index in self.policy.routes_after and step.tokens > 1:
@@ -79,7 +79,7 @@ class Reading:
             step.narrow = Narrow.of(step, runs)
 
     def _observe(self, layer: Layer, q: Tensor, step: Step) -> None:
-        """Show the policy queries of a prompt, or note them while it is open which will be accepted."""
+        """Show the policy the step's queries, or note them while it is open which will be accepted."""
         positions, active = step.on(q.device, step.positions), step.routed.get(layer.index)
         if active is not None:
             positions = torch.where(step.on(q.device, active), positions, -1)
@@ -95,7 +95,7 @@ class Reading:
             layer.group = q.shape[1] // layer.store.heads
             window = layer.window
             start = None if window is None else step.on(q.device, step.decode_start(window))
-            selecting = window is None and self.policy.selects
+            selecting = self._selects(layer, step)
             positions = step.on(q.device, step.positions)
             return self._decode(layer, Pages.of(layer.store), q, positions, start, ask, selecting)
         repeats = step.repeats
@@ -108,6 +108,11 @@ class Reading:
         if dense is not None:
             dense = (repeats.once(dense[0]), repeats.once(dense[1]))
         return repeats.spread(self._attend(layer, repeats.once(q), ask, dense))
+
+    def _selects(self, layer: Layer, step: Step) -> bool:
+        """Whether the policy chooses what this step reads of ``layer``; one with a sliding window reads its window."""
+        policy = self.policy
+        return policy.selects and layer.window is None and (not step.prompt or policy.selects_in_prompts)
 
     def _attend(self, layer: Layer, q: Tensor, ask: Attention, dense: tuple[Tensor, Tensor] | None) -> Tensor:
         step, store = self.step, layer.store
@@ -123,7 +128,7 @@ class Reading:
         if active is not None:
             active = step.on(q.device, active)
             positions, reach = torch.where(active, positions, -1), torch.where(active, reach, -1)
-        selecting = self.policy.selects and layer.window is None
+        selecting = self._selects(layer, step)
         if self.compact:
             return self._attend_compact(layer, q, positions, reach, ask, selecting)
         mask = self._slot_mask(step, pages, ask.mask)
@@ -234,7 +239,8 @@ class Reading:
             q[:, :, 0], pages.k, pages.v, pages.table, pages.counts, pages.positions,
             start, ask.sinks, None,
             None if selection is None else selection.index, None if selection is None else selection.counts,
-            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max", False,
+            statistics, ask.scale, ask.softcap, keep, policy.group_reduction == "max",
+            selection is not None and selection.pages,
             None if aside or selection is not None else self._decode_plan(layer),
         )  # fmt: skip
         if statistics is not None and aside:
@@ -298,6 +304,8 @@ class Reading:
         outs = []
         for part, voting, limit in parts:
             selection = self.policy.select(layer.view(), part, voting)
+            if selection is not None:
+                selection = selection.slots(pages.k.shape[1], pages.counts)
             out, _ = ops.prefill_attention(
                 part, pages.k, pages.v, pages.table, pages.counts, pages.positions, limit, None, ask.sinks, None,
                 None, None if selection is None else selection.index,
@@ -327,6 +335,10 @@ class Reading:
                 place = torch.arange(tokens, dtype=torch.int32, device=q.device).expand(rows, -1)
                 place = place + self.policy.query_place
                 selection = self.policy.select(layer.view(), rotation.rotate(part, place), voting)
+                if selection is not None:
+                    selection = selection.slots(store.storage.page_size, store.counts)
+                    if selection.index.shape[1] > 1:
+                        raise ValueError(f"{self.policy}: positions='compact' needs one list for all kv heads")
             end = limit.amax(1) + 1
             if selection is None:
                 counts = layer.view().entries_before(end)[:, None]

@@ -88,7 +88,7 @@ def wrap(
     if plan.self_attending:
         state.watched = watch_modules(model)
     else:
-        state.original = _set_implementation(model, NAME)
+        state.original = switch_implementation(model, NAME)
         if state.original == NAME and (other := _sharer(model)) is not None:
             state.original = other.original
     state.absorbed = absorb(model, plan)
@@ -134,7 +134,7 @@ def unwrap(model: ModelT) -> ModelT:
     if _sharer(model) is not None:
         return model  # which still needs the implementation, and knows the one before
     if model.config.get_text_config(decoder=True)._attn_implementation == NAME:
-        _set_implementation(model, state.original)
+        switch_implementation(model, state.original)
     return model
 
 
@@ -150,7 +150,7 @@ def _sharer(model: PreTrainedModel) -> WrappedState | None:
     return None
 
 
-def _set_implementation(model: PreTrainedModel, name: str) -> str:
+def switch_implementation(model: PreTrainedModel, name: str) -> str:
     """Switch the decoder's attention implementation; returns the one before. ValueError if the model ignores it."""
     text = model.config.get_text_config(decoder=True)
     before = text._attn_implementation

@@ -26,8 +26,11 @@ CAPTURED = (
     "tokenselect",
     "tokenselect-shortlist",
     "skipdecode|tokenselect",
+    "quest",
+    "quest|skipdecode",
     "knorm",
     "knorm|skipdecode",
+    "qfilters",
     "keydiff-slack",
     "keydiff|skipdecode",
     "duoattention",
@@ -38,6 +41,7 @@ CAPTURED = (
     "snapkv-evict",
     "snapkv|skipdecode",
     "pyramidkv",
+    "criticalkv|skipdecode",
     "adakv-evict",
     "trimkv",
     "trimkv-global",
@@ -90,6 +94,12 @@ def test_the_same_tokens_by_replays(gpu, policy, side):
             scores = mine.store.columns[0][..., :n], host(theirs.store.columns)[0][..., :n]
             live = torch.arange(n) < mine.store.counts[..., None]
             torch.testing.assert_close(*(torch.where(live, x, 0.0) for x in scores), rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_that_observes_every_query_decodes_without_a_graph(gpu):
+    here, there = both(gpu, POLICIES["rkv"], prompt(30, rows=2), new=12)
+    assert torch.equal(here.sequences, host(there.sequences))
+    assert there.past_key_values.graphs.captures == there.past_key_values.graphs.replays == 0
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

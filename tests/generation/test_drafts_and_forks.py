@@ -9,8 +9,7 @@ import kvcache
 
 NAMES = ["full", "streamingllm", "h2o", "random", "tokenselect", "skipdecode", "h2o|skipdecode"]
 NAMES += ["keydiff-slack", "lagkv", "duoattention", "expectedattention", "tova", "snapkv", "adakv-evict"]
-NAMES += ["promptdistill", "promptdistill-truncate", "gemfilter"]
-NAMES += ["trimkv", "trimkv-global"]
+NAMES += ["promptdistill", "promptdistill-truncate", "gemfilter", "trimkv", "trimkv-global", "quest", "rkv"]
 
 
 @pytest.mark.parametrize("seed", [0, 5])  # an assistant that is always right, and one that is mostly wrong

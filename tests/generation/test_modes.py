@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.gates import random_gates
 from support.models import build, continued, greedy, padded, prompt
+from support.policies import filters_of
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 import kvcache
@@ -22,6 +23,7 @@ POLICIES = {
     "streamingllm": kvcache.StreamingLLM(sinks=2, window=9),
     "h2o": kvcache.H2O(5, 4),
     "tokenselect": kvcache.TokenSelect(k=8, sinks=2, local=6, reuse=0.4, chunk=5),
+    "quest": kvcache.Quest(12, 1),
     "skipdecode": SKIP,
     "random": kvcache.RandomEviction(9, sinks=1, recent=2, seed=3),
     "h2o|skipdecode": kvcache.H2O(5, 4) | SKIP,
@@ -32,6 +34,9 @@ POLICIES = {
     "duoattention": kvcache.DuoAttention(((True, False), (False, False)), sinks=2, recent=7),
     "tova": kvcache.TOVA(9),
     "snapkv": kvcache.SnapKV(9, 4, 3),
+    "criticalkv": kvcache.CriticalKV(9, 4, 3),
+    "qfilters": kvcache.QFilters(filters_of(2, 2), 9, recent=2),
+    "rkv": kvcache.RKV(9, window=3, lam=0.4, buffer=3, pool=3),
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
     "promptdistill": kvcache.PromptDistill(0, 9, truncate=1),
     "gemfilter": kvcache.GemFilter(0, 9),
@@ -43,6 +48,7 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "streamingllm": kvcache.StreamingLLM(sinks=2, window=200),
     "h2o": kvcache.H2O(100, 100),
     "tokenselect": kvcache.TokenSelect(k=100, chunk=5),
+    "quest": kvcache.Quest(200),
     "skipdecode": kvcache.SkipDecode(2, 2),
     "random": kvcache.RandomEviction(200),
     "h2o|skipdecode": kvcache.H2O(100, 100) | kvcache.SkipDecode(2, 2),
@@ -53,6 +59,9 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "duoattention": kvcache.DuoAttention(((True, True), (True, False)), sinks=2, recent=200),
     "tova": kvcache.TOVA(200),
     "snapkv": kvcache.SnapKV(200, 4, 3),
+    "criticalkv": kvcache.CriticalKV(200, 4, 3),
+    "qfilters": kvcache.QFilters(filters_of(2, 2), 200),
+    "rkv": kvcache.RKV(200),
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
     "promptdistill": kvcache.PromptDistill(0, 200, truncate=1),
     "gemfilter": kvcache.GemFilter(0, 200),
@@ -373,7 +382,7 @@ def test_gradients_of_training(name):
 
     model = plain().train()
     expected = gradients(model)
-    found = gradients(kvcache.wrap(model, POLICIES[name]))
+    found = gradients(kvcache.wrap(model, POLICIES[name], page_size=4))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert any(bool(g.abs().max() > 1e-3) for g in expected)
     assert torch.equal(continued(model.eval(), IDS, MASK, NEW), alone(name))

@@ -11,8 +11,7 @@ from kvcache.layers import first_alike
 
 NAMES = ["full", "streamingllm", "h2o", "random", "tokenselect", "skipdecode", "h2o|skipdecode"]
 NAMES += ["keydiff-slack", "lagkv", "duoattention", "expectedattention", "tova", "snapkv", "adakv-evict"]
-NAMES += ["promptdistill", "promptdistill-truncate", "gemfilter"]
-NAMES += ["trimkv", "trimkv-global"]
+NAMES += ["promptdistill", "promptdistill-truncate", "gemfilter", "trimkv", "trimkv-global", "quest", "rkv"]
 
 
 def prefilled(model, ids, mask=None):

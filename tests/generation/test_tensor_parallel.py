@@ -36,6 +36,10 @@ POLICIES = (
     str(kvcache.TrimKV(random_gates(4, heads=4), 9, slack=0)),
     str(kvcache.TrimKV(random_gates(4, heads=4), 9, slack=2, allocation="global")),
     str(kvcache.TrimKV(random_gates(4, heads=4), 27, slack=1, allocation="global")),  # room is left by the prompt
+    "criticalkv(keep=9, window=4, pool=3)",
+    "quest(k=16, dense_layers=1)",
+    "rkv(keep=9, window=3, lam=0.5, buffer=2, pool=3)",
+    str(kvcache.QFilters(torch.randn(4, 4, 8, generator=torch.Generator().manual_seed(0)), 9, recent=2)),
 )
 PROMPT, NEW = 24, 12
 WORKER = """

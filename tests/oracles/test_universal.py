@@ -5,13 +5,21 @@ from functools import cache
 
 import pytest
 import torch
-from support.dense import CompactOracle, DistillOracle, H2OOracle, Replay, TokenSelectOracle, dense_logits
+from support.dense import (
+    CompactOracle,
+    DistillOracle,
+    H2OOracle,
+    QuestOracle,
+    Replay,
+    TokenSelectOracle,
+    dense_logits,
+)
 from support.models import build, padded
 from support.policies import GENEROUS, LAYERS, POLICIES, part, schedule, usual
 from support.runs import kept, own_log, run
 
 import kvcache
-from kvcache import H2O, PromptDistill, TokenSelect
+from kvcache import H2O, PromptDistill, Quest, TokenSelect
 
 TOLERANCE = 5e-5  # float32; logits reach ±15, and what a policy changes is of the order of 1
 PROMPT, TOTAL = 44, 66
@@ -82,6 +90,9 @@ def replay(model, result, policy, active):
     distill = part(policy, PromptDistill)
     if distill is not None:
         return distill_oracle(result, distill)
+    quest = part(policy, Quest)
+    if quest is not None:
+        return QuestOracle(quest.k, quest.dense_layers, PROMPT, result.cache.engine.page_size, active)
     log, more = own_log(result), TOTAL - len(columns(result.cache))
     oracle = Replay({t - more: kept_ for t, kept_ in log.items()})
     if active is not None:  # whoever skips a layer leaves nothing there, also not within the prompt
@@ -224,7 +235,10 @@ def test_o6_padding_in_the_middle(name, backend):
 @pytest.mark.parametrize("name", ["llama-mqa", "llama-gqa", "llama-mha"])
 @pytest.mark.parametrize(
     "policy",
-    ["h2o", "h2o-max", "random", "tova", "snapkv", "adakv", "promptdistill", "tokenselect", "tokenselect-compact"],
+    [
+        *("h2o", "h2o-max", "random", "tova", "snapkv", "adakv", "promptdistill", "quest"),
+        *("tokenselect", "tokenselect-compact"),
+    ],
 )
 def test_o7_query_heads_read_their_own_kv_head(policy, name, backend):
     model = wrapped(POLICIES[policy], name)
@@ -290,6 +304,7 @@ def test_o9_bytes_are_what_the_pool_holds(name, page_size, backend):
         budget |= {
             "lagkv-share": 22,
             "expectedattention-slack": 8,
+            "rkv|skipdecode": 13,
             "duoattention": TOTAL,
             "duoattention|skipdecode": TOTAL,
             "promptdistill-stages": 22 + 1,

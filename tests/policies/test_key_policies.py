@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from support.dense import Oracle, dense_logits
 from support.engines import engine, held, step
 from support.models import build, padded
+from support.policies import filters_of
 from support.runs import run
 from transformers import BloomForCausalLM
 
@@ -87,6 +88,40 @@ def duoattention(policy):
     return rule
 
 
+def qfilters(policy):
+    def rule(layer, head, kept, k, v, n, ends):
+        if len(kept) <= policy.keep:
+            return kept
+        worth = -k @ torch.tensor(policy.filters[layer][head], dtype=k.dtype)
+        return best(kept, policy.keep, worth, policy.sinks, n - policy.recent)
+
+    return rule
+
+
+def rkv(policy):
+    def rule(layer, head, kept, k, v, n, ends):
+        if len(kept) <= policy.keep + (0 if ends else policy.buffer - 1):
+            return kept
+        old, given = [p for p in kept if p < n - policy.window], 0
+        voters = range(max(n - policy.window, 0), n)
+        for t in voters:
+            given = given + (torch.stack([q[t] @ k[old].T for q in rule.queries]).amax(0) / 4).softmax(0)
+        mean, half = [float(x) / len(voters) for x in given], policy.pool // 2
+        attention = {p: max(mean[max(i - half, 0) : i + half + 1]) for i, p in enumerate(old)}
+        unit = k[kept] / k[kept].norm(dim=1, keepdim=True)
+        cosine = unit @ unit.T
+        for i in range(len(kept)):
+            cosine[i, i] = 0.0
+            alike = [j for j in range(len(kept)) if j != i and cosine[i, j] > policy.threshold]
+            if alike:
+                cosine[i, alike[-1]] = 0.0
+        redundancy = dict(zip(kept, cosine.mean(0).softmax(0).tolist()))
+        worth = {p: policy.lam * attention[p] - (1 - policy.lam) * redundancy[p] for p in old}
+        return best(kept, policy.keep, worth, 0, n - policy.window)
+
+    return rule
+
+
 def lagkv(policy):
     places = {}
 
@@ -147,6 +182,12 @@ def duo(name, **options):
     return kvcache.DuoAttention(tuple(layer[:heads] for layer in CLASSES), **options)
 
 
+def filtered(name, **options):
+    """Random filters for a model with as many kv heads as ``name`` has."""
+    heads = {"llama-mqa": 1, "llama-mha": 4}.get(name, 2)
+    return kvcache.QFilters(filters_of(LAYERS, heads), **options)
+
+
 CASES = {
     "knorm": (kvcache.KNorm(10, sinks=2, recent=3), knorm),
     "knorm-bare": (kvcache.KNorm(9), knorm),
@@ -159,6 +200,10 @@ CASES = {
     "expectedattention": (kvcache.ExpectedAttention(11, horizon=20, sinks=2, recent=3), expected_attention),
     "expectedattention-slack": (kvcache.ExpectedAttention(9, horizon=5, sinks=0, slack=4), expected_attention),
     "duoattention": (duo("", sinks=2, recent=9), duoattention),
+    "qfilters": (filtered("", keep=10, sinks=2, recent=3), qfilters),
+    "rkv": (kvcache.RKV(13, window=4, lam=0.3, buffer=5, pool=3), rkv),
+    "rkv-bare": (kvcache.RKV(9, window=1, buffer=1, pool=1, threshold=0.2), rkv),
+    "rkv-redundancy": (kvcache.RKV(12, window=3, lam=0, buffer=3, threshold=0.1), rkv),
 }
 
 
@@ -180,6 +225,8 @@ def test_every_head_keeps_what_the_rule_says(case, name, backend):
     policy, make = CASES[case]
     if case == "duoattention":
         policy = duo(name, sinks=2, recent=9)
+    if case == "qfilters":
+        policy = filtered(name, keep=10, sinks=2, recent=3)
     if case.startswith("knorm") and name == "qwen3":
         name = "qwen2"  # qwen3 normalises its keys: here, with weights of 1, all have the same norm
     model = kvcache.wrap(build(name), policy, page_size=4)

@@ -12,7 +12,7 @@ from support.models import build, greedy, padded, prompt
 from support.runs import kept, run
 
 import kvcache
-from kvcache import TOVA, AdaKV, PyramidKV, SnapKV
+from kvcache import TOVA, AdaKV, CriticalKV, PyramidKV, SnapKV
 from kvcache.policies.adakv import share_out
 from kvcache.policies.pyramidkv import pyramid
 
@@ -31,6 +31,8 @@ RULES = {
     "adakv": AdaKV(13, 6, 3),
     "adakv-evict": AdaKV(13, 6, 3, generated="evict"),
     "adakv-even": AdaKV(13, 6, 3, floor=1.0),
+    "criticalkv": CriticalKV(13, 6, 3),
+    "criticalkv-evict": CriticalKV(0.3, 6, 5, share=0.2, generated="evict"),
     "tova": TOVA(12),
     "tova-protected": TOVA(12, sinks=2, recent=3),
 }
@@ -51,10 +53,21 @@ class WindowOracle(Oracle):
 
     policy: object
     steps: list
+    model: object
     layers: int = LAYERS
     kept: dict = field(default_factory=dict)  # (layer, tokens seen) -> head -> positions
     gap: float = math.inf  # smallest relative distance between the last that stays and the first that leaves
     prompt_tokens: int = 0
+
+    def attend(self, layer, q, k, v, causal, logits):
+        if isinstance(self.policy, CriticalKV):  # of each token what its value adds to the hidden state, by kv head
+            weight = self.model.model.layers[layer].self_attn.o_proj.weight.double()
+            group, size = q.shape[0] // k.shape[0], v.shape[2]
+            of_query_heads = [
+                (v[h // group] @ weight[:, h * size : (h + 1) * size].T).abs().sum(1) for h in range(q.shape[0])
+            ]
+            self.norms = torch.stack(of_query_heads).unflatten(0, (-1, group)).mean(1)
+        return super().attend(layer, q, k, v, causal, logits)
 
     def visible(self, layer, q, k, probabilities):
         heads, tokens = k.shape[0], q.shape[1]
@@ -78,7 +91,7 @@ class WindowOracle(Oracle):
                 self.prompt_tokens = now.stop
                 budgets = self.budgets(layer, now.stop, holds, worth)
             if ends_prompt or self.policy.generated == "evict":
-                holds = [self.choose(now.stop, holds[h], worth[h], budgets[h]) for h in range(heads)]
+                holds = [self.choose(now.stop, holds[h], worth[h], budgets[h], h) for h in range(heads)]
             self.kept[layer, now.stop] = [sorted(x) for x in holds]
         return seen
 
@@ -116,18 +129,27 @@ class WindowOracle(Oracle):
             for h in range(heads)
         ]
 
-    def choose(self, tokens, holds, worth, budget):
+    def choose(self, tokens, holds, worth, budget, head):
         if len(holds) <= budget:
             return holds
         values = self.scored(tokens, holds, worth)
         safe = [p for p in holds if p not in values]
         best = sorted(values, key=lambda p: (-values[p], p))
         n = max(budget - len(safe), 0)
+        if isinstance(self.policy, CriticalKV):
+            first = int(self.policy.share * (budget - min(self.policy.window, self.amount(self.prompt_tokens))))
+            safe, rest, n = safe + best[:first], best[first:], n - first
+            self.note(best, values, first)
+            values = {p: (values[p] / self.policy.window + 1e-4) * float(self.norms[head, p]) for p in rest}
+            best = sorted(rest, key=lambda p: (-values[p], p))
+        self.note(best, values, n)
+        return [*safe, *best[:n]]
+
+    def note(self, best, values, n):
         if 0 < n < len(best):
             above, below = values[best[n - 1]], values[best[n]]
             if above != below:
                 self.gap = min(self.gap, (above - below) / above)
-        return [*safe, *best[:n]]
 
 
 def exact_pyramid(entries, layers, beta):
@@ -156,7 +178,7 @@ def agrees(model, policy, ids, steps, logits=None, log=None):
     if log is None:
         logits, log = read(kvcache.wrap(model, policy), ids, steps)
         kvcache.unwrap(model)
-    oracle = WindowOracle(policy, steps)
+    oracle = WindowOracle(policy, steps, model)
     expected = dense_logits(model, ids, oracle)
     assert oracle.gap > 1e-5, "choose other tokens"
     for stop, found in log.items():

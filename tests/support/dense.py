@@ -310,6 +310,47 @@ class TokenSelectOracle(Oracle):
         return seen
 
 
+class QuestOracle(Oracle):
+    """Quest from its paper: behind the prompt every head reads the pages with the largest bounds, and the newest one.
+
+    Bounds of the query heads of a kv head are averaged. ``active(layer)`` [T] bool: the tokens that run a layer.
+    """
+
+    def __init__(self, k: int, dense_layers: int, prompt: int, page_size: int, active=None) -> None:
+        self.pages, self.dense_layers, self.prompt = max(k // page_size, 1), dense_layers, prompt
+        self.page_size, self.active = page_size, active
+        self.gap = math.inf  # smallest distance between the last page that is read and the first that is not
+        self.read: dict[tuple[int, int], list[list[int]]] = {}  # (layer, token) -> head -> positions
+
+    def visible(self, layer, q, k, probabilities):
+        heads, tokens = k.shape[0], q.shape[1]
+        runs = torch.ones(tokens, dtype=torch.bool) if self.active is None else self.active(layer)
+        seen = super().visible(layer, q, k, probabilities) & runs
+        queries = q.unflatten(0, (heads, -1))
+        for t in range(self.prompt if layer >= self.dense_layers else tokens, tokens):
+            stored = [p for p in range(t + 1) if runs[p]]
+            pages = [stored[i : i + self.page_size] for i in range(0, len(stored), self.page_size)]
+            if not runs[t] or len(pages) <= self.pages:
+                continue
+            self.read[layer, t] = []
+            for h in range(heads):
+                bounds = []
+                for page in pages[:-1]:
+                    low, high = k[h, page].amin(0), k[h, page].amax(0)
+                    of_heads = [sum(max(float(x * a), float(x * b)) for x, a, b in zip(row, low, high))
+                                for row in queries[h, :, t]]  # fmt: skip
+                    bounds.append(sum(of_heads) / len(of_heads))
+                order = sorted(range(len(bounds)), key=lambda i: (-bounds[i], i))
+                n = self.pages - 1
+                if n:
+                    self.gap = min(self.gap, bounds[order[n - 1]] - bounds[order[n]])
+                read = sorted(p for i in [*order[:n], len(pages) - 1] for p in pages[i])
+                self.read[layer, t].append(read)
+                seen[h, t] = False
+                seen[h, t, read] = True
+        return seen
+
+
 class CompactOracle(TokenSelectOracle):
     """TokenSelect with clipped compact positions: what is read is rotated by its index in the list."""
 

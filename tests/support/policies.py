@@ -9,8 +9,10 @@ from torch import Tensor
 
 from kvcache import (
     H2O,
+    RKV,
     TOVA,
     AdaKV,
+    CriticalKV,
     DuoAttention,
     ExpectedAttention,
     Full,
@@ -21,6 +23,8 @@ from kvcache import (
     Policy,
     PromptDistill,
     PyramidKV,
+    QFilters,
+    Quest,
     RandomEviction,
     SkipDecode,
     SnapKV,
@@ -34,6 +38,12 @@ LAYERS = 5
 RETRIEVAL = ((True, False), (False, False), (False, True), (True, True), (False, False))
 SELECT = {"k": 8, "sinks": 2, "local": 6, "reuse": 0.4, "chunk": 5}
 SKIP = {"min_layers": 2, "max_layers": 4, "horizon": 70}
+
+
+def filters_of(layers: int, heads: int) -> list:
+    """Random filters [layers][heads][16]."""
+    return torch.randn(layers, heads, 16, generator=torch.Generator().manual_seed(1)).tolist()
+
 
 POLICIES: dict[str, Policy] = {
     "full": Full(),
@@ -50,6 +60,8 @@ POLICIES: dict[str, Policy] = {
     "tokenselect-pool": TokenSelect(**SELECT, pool=3),
     "tokenselect-compact": TokenSelect(**SELECT, positions="compact"),
     "tokenselect-shortlist": TokenSelect(**SELECT, shortlist=1.0),  # of all pages: the exact selection
+    "quest": Quest(32, 1),
+    "quest|skipdecode": Quest(17, 0) | SkipDecode(**SKIP),
     "skipdecode": SkipDecode(**SKIP),
     "skipdecode-n_max": SkipDecode(**SKIP, prompt="n_max"),
     "skipdecode-schedule": SkipDecode(**SKIP, prompt="schedule", warmup=0),
@@ -58,6 +70,9 @@ POLICIES: dict[str, Policy] = {
     "skipdecode|compact": SkipDecode(**SKIP, prompt="n_max") | TokenSelect(**SELECT, positions="compact"),
     "knorm": KNorm(11, sinks=1, recent=3),
     "knorm|skipdecode": KNorm(11, sinks=1, recent=3) | SkipDecode(**SKIP),
+    "qfilters": QFilters(filters_of(LAYERS, 2), 11, sinks=1, recent=3),
+    "rkv": RKV(11, window=3, lam=0.4, buffer=4, pool=3),
+    "rkv|skipdecode": RKV(0.3, window=2, lam=0.2, buffer=1) | SkipDecode(**SKIP),
     "keydiff": KeyDiff(11, sinks=1, recent=2),
     "keydiff-slack": KeyDiff(0.25, recent=3, slack=5),
     "keydiff|skipdecode": KeyDiff(11, recent=2, slack=3) | SkipDecode(**SKIP),
@@ -76,6 +91,8 @@ POLICIES: dict[str, Policy] = {
     "snapkv-evict": SnapKV(11, 4, 3, generated="evict"),
     "snapkv|skipdecode": SnapKV(11, 4, 3) | SkipDecode(**SKIP),
     "pyramidkv": PyramidKV(11, 4, 3, beta=4),
+    "criticalkv": CriticalKV(11, 4, 3),
+    "criticalkv|skipdecode": CriticalKV(11, 4, 3, generated="evict") | SkipDecode(**SKIP),
     "adakv": AdaKV(11, 4, 3),
     "adakv-evict": AdaKV(11, 4, 1, generated="evict"),
     "promptdistill": PromptDistill(1, 9),
@@ -107,10 +124,13 @@ GENEROUS: dict[str, Policy] = {
     "tokenselect": TokenSelect(k=100, chunk=7),
     "tokenselect-compact": TokenSelect(k=100, chunk=7, positions="compact"),
     "tokenselect-just-enough": TokenSelect(k=61, sinks=1, local=4),
+    "quest": Quest(80, 0),  # all pages
     "skipdecode": SkipDecode(LAYERS, LAYERS, prompt="schedule"),
     "h2o|skipdecode": H2O(100, 100) | SkipDecode(LAYERS, LAYERS, prompt="n_max"),
     "skipdecode|compact": SkipDecode(LAYERS, LAYERS) | TokenSelect(k=100, positions="compact"),
     "knorm": KNorm(200),
+    "qfilters": QFilters(filters_of(LAYERS, 2), 200),
+    "rkv": RKV(63, buffer=4),
     "keydiff": KeyDiff(60, recent=1, slack=6),  # the budget and its slack together are just enough
     "duoattention": DuoAttention(((True, True),) * LAYERS, sinks=1, recent=1),
     "duoattention-streaming": DuoAttention(((False, True),) * LAYERS, sinks=6, recent=60),
@@ -120,6 +140,7 @@ GENEROUS: dict[str, Policy] = {
     "snapkv": SnapKV(44, 8),  # the prompt, and what is generated stays
     "snapkv-evict": SnapKV(200, 8, generated="evict"),
     "pyramidkv": PyramidKV(200, 8, beta=2),
+    "criticalkv": CriticalKV(44, 8),
     "adakv": AdaKV(44, 8),
     "promptdistill": PromptDistill((0, 2), (43, 0.98), truncate=-1),  # all but the last token of the prompt
     "gemfilter": GemFilter(4, 43),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcache import ops
 
-__all__ = ["selection_recall", "two_stage_selection"]
+__all__ = ["best_pages", "selection_recall", "two_stage_selection"]
 
 
 def two_stage_selection(
@@ -60,22 +60,32 @@ def two_stage_selection(
 
     bound = ops.page_scores(q, bounds, *keys)
     bound = bound if total is None else total(bound)
-    # A page is to topk an entry whose position is its column, and all are candidates.
-    numbers = torch.arange(columns + 1, dtype=torch.int32, device=q.device)
-    pages, page_counts = ops.topk(
-        bound,
-        (counts_of + (page_size - 1)).div(page_size, rounding_mode="floor"),
-        numbers[:columns].expand(rows, lists, columns),
-        numbers[shortlist : shortlist + 1].expand(rows, lists),
-        torch.zeros_like(first),
-        torch.full_like(end, columns),
-        shortlist,
-    )
+    pages, page_counts = best_pages(bound, counts_of, page_size, shortlist)
     scores = ops.selection_scores(q, k_pages, *keys, pages, page_counts)
     scores = scores if total is None else total(scores)
     best = k if isinstance(k, Tensor) else torch.full((rows, lists), k, dtype=torch.int32, device=q.device)
     places = shortlist * page_size if width is None else width
     return ops.topk(scores, counts_of, positions_of, best, first, end, places, pages, page_counts, page_size)
+
+
+def best_pages(scores: Tensor, counts: Tensor, page_size: int, most: int) -> tuple[Tensor, Tensor]:
+    """The ``most`` pages of the highest score among those that hold entries, the lowest column first among equals.
+
+    ``scores`` [R, L, M] float32, ``counts`` [R, L] int32: entries of each head. Returns ``index`` [R, L, most] int32,
+    columns ascending, padded with -1, and ``index_counts`` [R, L] int32.
+    """
+    rows, lists, columns = scores.shape
+    # A page is to topk an entry whose position is its column, and all are candidates.
+    numbers = torch.arange(columns + 1, dtype=torch.int32, device=scores.device)
+    return ops.topk(
+        scores,
+        (counts + (page_size - 1)).div(page_size, rounding_mode="floor"),
+        numbers[:columns].expand(rows, lists, columns),
+        numbers[most : most + 1].expand(rows, lists),
+        numbers[:1].repeat(rows),
+        numbers[columns:].repeat(rows),
+        most,
+    )
 
 
 def selection_recall(

@@ -4,6 +4,7 @@ from .adakv import AdaKV
 from .base import NEEDS, Policy, Selection
 from .budget import Budget
 from .compose import compose
+from .criticalkv import CriticalKV
 from .duoattention import DuoAttention
 from .expected_attention import ExpectedAttention
 from .full import Full
@@ -14,7 +15,10 @@ from .knorm import KNorm
 from .lagkv import LagKV
 from .promptdistill import PromptDistill
 from .pyramidkv import PyramidKV
+from .qfilters import QFilters
+from .quest import Quest
 from .random_eviction import RandomEviction
+from .rkv import RKV
 from .skipdecode import SkipDecode
 from .snapkv import SnapKV
 from .streamingllm import StreamingLLM
@@ -26,9 +30,11 @@ from .trimkv import TrimKV
 __all__ = [
     "H2O",
     "NEEDS",
+    "RKV",
     "TOVA",
     "AdaKV",
     "Budget",
+    "CriticalKV",
     "DuoAttention",
     "ExpectedAttention",
     "Full",
@@ -39,6 +45,8 @@ __all__ = [
     "Policy",
     "PromptDistill",
     "PyramidKV",
+    "QFilters",
+    "Quest",
     "RandomEviction",
     "Selection",
     "SkipDecode",

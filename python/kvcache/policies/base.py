@@ -25,10 +25,24 @@ REGISTRY: dict[str, type[Policy]] = {}
 
 @dataclass(frozen=True)
 class Selection:
-    """Entries that one step of one layer reads: ``index`` [rows, 1, K] int32 slots, ``counts`` [rows, 1] int32."""
+    """Entries that one step of one layer reads: ``index`` [rows, lists, K] int32 slots, ascending, ``counts``
+    [rows, lists] int32 of them; one list for all kv heads of the layer, or one for each. ``pages``: the lists name
+    pages instead, page p being the slots from p * page_size on."""
 
     index: Tensor
     counts: Tensor
+    pages: bool = False
+
+    def slots(self, page_size: int, entries: Tensor) -> Selection:
+        """The same by slots, of heads that hold ``entries`` [rows, heads] int32."""
+        if not self.pages:
+            return self
+        lists = self.index.shape[1]
+        offsets = torch.arange(page_size, dtype=torch.int32, device=self.index.device)
+        slots = (self.index[..., None] * page_size + offsets).flatten(2)
+        # Only the last page of a head may be filled in part, and it ends the list.
+        counts = ((slots >= 0) & (slots < entries[:, :lists, None])).sum(2, dtype=torch.int32)
+        return Selection(slots, counts)
 
 
 class Policy:
@@ -43,6 +57,12 @@ class Policy:
         generated: "evict": the budget holds at all times; "keep": only a prompt is brought within it, and what follows
             stays, whole, until the next prompt ends (as in papers that compress prompts).
         columns: names of further side columns, filled by :meth:`append_columns`.
+        observes_generated: whether :meth:`observe` is shown the queries of generated tokens as well; such steps are not
+            captured as graphs.
+        needs_rotation: whether the policy takes the rotation off queries or keys; models without one that is known are
+            refused.
+        needs_output_projection: whether the policy reads ``layer.output_projection``; models where that is not known
+            are refused.
         sinks, recent, budget: see :meth:`allocate`; ``budget`` None keeps everything.
         needs_hidden: whether :meth:`append_columns` reads ``layer.hidden``, the hidden states that entered the layer's
             attention module. Models whose attention does not go through transformers' interface are refused then.
@@ -66,6 +86,9 @@ class Policy:
     columns: ClassVar[tuple[str, ...]] = ()
     needs_hidden: ClassVar[bool] = False
     reallocates: bool = False
+    observes_generated: ClassVar[bool] = False
+    needs_rotation: ClassVar[bool] = False
+    needs_output_projection: ClassVar[bool] = False
     observed: int = 0
     generated: str = "evict"
     group_reduction: str = "mean"
@@ -128,7 +151,7 @@ class Policy:
 
     @property
     def observes(self) -> bool:
-        """Whether the policy wants to see the queries of prompts."""
+        """Whether the policy wants to see queries: those of prompts, of all tokens with ``observes_generated``."""
         return type(self).observe is not Policy.observe
 
     def observe(self, layer: LayerView, queries: Tensor, positions: Tensor) -> None:
@@ -161,6 +184,11 @@ class Policy:
     def prefill_chunk(self) -> int | None:
         """Queries per selection when many arrive at once; None: all together."""
         return None
+
+    @property
+    def selects_in_prompts(self) -> bool:
+        """Whether the queries of prompts select as well; False: they read everything."""
+        return True
 
     @property
     def positions(self) -> str:

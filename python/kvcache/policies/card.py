@@ -52,7 +52,7 @@ def needs(policy: type[Policy]) -> str:
 
     found = [_STATISTICS[name] for name in sorted(policy.needs)]
     if policy.observe is not Policy.observe:
-        found.append("queries of the prompt")
+        found.append("queries of every step" if policy.observes_generated else "queries of the prompt")
     if policy.select is not Policy.select:
         found.append("the queries of every step")
     if policy.routes_after or policy.scout is not None:
@@ -61,4 +61,8 @@ def needs(policy: type[Policy]) -> str:
         found.append("hidden states that enter attention")
     if isinstance(policy.columns, tuple) and policy.columns:  # not where they depend on the arguments
         found.append("a number beside every entry")
+    if policy.needs_rotation:
+        found.append("a rotation that is known")
+    if policy.needs_output_projection:
+        found.append("the output projection")
     return ", ".join(found)

@@ -37,7 +37,7 @@ class _Composite(Policy):
         if retention is not None and selection is not None:
             raise ValueError(
                 f"cannot combine {retention} | {selection}: {type(selection).__name__} reads from everything that was "
-                f"seen, and its heads vote on one set of entries, but {type(retention).__name__} evicts"
+                f"seen, but {type(retention).__name__} evicts"
             )
         schedule, routing = self._by_axis.get("schedules"), self._by_axis.get("routes")
         if schedule is not None and routing is not None:
@@ -56,6 +56,8 @@ class _Composite(Policy):
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))
             for name in ("observed", "generated", "needs_hidden", "reallocates"):
+                setattr(self, name, getattr(retention, name))
+            for name in ("observes_generated", "needs_rotation", "needs_output_projection"):
                 setattr(self, name, getattr(retention, name))
 
     @property
@@ -101,6 +103,10 @@ class _Composite(Policy):
     @property
     def prefill_chunk(self) -> int | None:
         return self._by_axis["selects"].prefill_chunk if self.selects else None
+
+    @property
+    def selects_in_prompts(self) -> bool:
+        return self._by_axis["selects"].selects_in_prompts
 
     @property
     def positions(self) -> str:

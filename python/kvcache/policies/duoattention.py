@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from .base import Policy
 from .budget import FAR, Budget, check_budget, check_count
 from .card import Card
+from .files import read_numbers
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -60,7 +60,7 @@ class DuoAttention(Policy):
         heads: Any = self.heads
         if isinstance(heads, (str, os.PathLike)):
             heads = os.fspath(heads)
-            known = _checked(_read(Path(heads)), f"heads in {heads}")
+            known = _checked(read_numbers(Path(heads), "heads"), f"heads in {heads}")
         elif isinstance(heads, float):
             if not 0.0 < heads <= 1.0:
                 raise ValueError(f"heads as a share of all heads must be in (0, 1], got {heads}")
@@ -109,28 +109,6 @@ class DuoAttention(Policy):
 
     def allocate_recent(self, layer: LayerView) -> Tensor:
         return self._resolve(self.recent, layer).clamp(min=1)
-
-
-def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"heads: there is no file {path}")
-    if path.suffix == ".json":
-        try:
-            return json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"heads: {path} is no JSON: {error}") from None
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"heads: {path} is no safetensors file: {error}") from None
-        if len(tensors) != 1:
-            raise ValueError(f"heads: {path} must hold one tensor, but holds {sorted(tensors)}")
-        return next(iter(tensors.values()))
-    raise ValueError(f"heads: {path} must be a .json or a .safetensors file")
 
 
 def _checked(heads: Any, name: str) -> Heads:

@@ -61,6 +61,8 @@ class ExpectedAttention(_Keeping):
     recent: Budget = 0
     slack: int = 0
 
+    needs_rotation: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("horizon", self.horizon, 1)
