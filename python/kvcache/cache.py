@@ -94,7 +94,8 @@ class KVCache(Cache):
         dtype = check_options(page_size, state.kv_dtype if kv_dtype is None else kv_dtype, max_tokens, prefill)
         state.check_policy(model, resolved)
         state.route(model, resolved)
-        rotation = state.rotation(model) if resolved.selects or resolved.observes else None
+        turns = resolved.selects or resolved.observes or resolved.merges_keys or resolved.relocates
+        rotation = state.rotation(model) if turns else None
         self._adopt(
             Engine(
                 resolved,

@@ -32,6 +32,10 @@ POLICIES = {
     "tova": kvcache.TOVA(9),
     "snapkv": kvcache.SnapKV(9, 4, 3),
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
+    "emasink": kvcache.EMASink(sinks=3, window=8, alpha=0.7),
+    "cam": kvcache.CaM(5, 4, 4),
+    "d2o": kvcache.D2O(5, 4),
+    "kvmerger": kvcache.KVMerger(5, 4),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -49,9 +53,14 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "tova": kvcache.TOVA(200),
     "snapkv": kvcache.SnapKV(200, 4, 3),
     "adakv": kvcache.AdaKV(200, 4, 3, generated="evict"),
+    "emasink": kvcache.EMASink(sinks=3, window=200),
+    "cam": kvcache.CaM(100, 100),
+    "d2o": kvcache.D2O(100, 100),
+    "kvmerger": kvcache.KVMerger(100, 100),
 }
 BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)
-BUDGETS["streamingllm"] = 11
+BUDGETS |= dict.fromkeys(("cam", "d2o", "kvmerger"), 9)
+BUDGETS["streamingllm"] = BUDGETS["emasink"] = 11
 NEW = 12
 IDS, MASK = padded([prompt(n, seed=20 + n)[0] for n in (30, 21)], "left")
 

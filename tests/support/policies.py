@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 from kvcache import (
+    D2O,
     H2O,
     TOVA,
     AdaKV,
+    CachePositions,
+    CaM,
     DuoAttention,
+    EMASink,
     ExpectedAttention,
     Full,
     KeyDiff,
     KNorm,
+    KVMerger,
     LagKV,
     Policy,
     PyramidKV,
@@ -74,6 +79,13 @@ POLICIES: dict[str, Policy] = {
     "pyramidkv": PyramidKV(11, 4, 3, beta=4),
     "adakv": AdaKV(11, 4, 3),
     "adakv-evict": AdaKV(11, 4, 1, generated="evict"),
+    "emasink": EMASink(sinks=4, window=7, alpha=0.7, pinned=1),
+    "emasink|skipdecode": EMASink(sinks=3, window=8, alpha=0.9) | SkipDecode(**SKIP),
+    "cam": CaM(6, 5, 4, seed=2),
+    "d2o": D2O(6, 5),
+    "kvmerger": KVMerger(6, 5, bandwidth=0.8),
+    "h2o|cache": CachePositions() | H2O(6, 5),
+    "emasink|cache": EMASink(sinks=4, window=7, alpha=0.7) | CachePositions(),
 }
 
 #: One of each kind. In whole generations the others run in ``make test-slow`` (tests/conftest.py).
@@ -106,6 +118,12 @@ GENEROUS: dict[str, Policy] = {
     "snapkv-evict": SnapKV(200, 8, generated="evict"),
     "pyramidkv": PyramidKV(200, 8, beta=2),
     "adakv": AdaKV(44, 8),
+    "emasink": EMASink(sinks=4, window=200),
+    "cam": CaM(60, 6),
+    "d2o": D2O(100, 100),
+    "kvmerger": KVMerger(1.0, 22),
+    "cache": Full() | CachePositions(),
+    "h2o|cache": H2O(100, 100) | CachePositions(),
 }
 
 

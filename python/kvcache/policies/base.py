@@ -31,6 +31,16 @@ class Selection:
     counts: Tensor
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What entries that stay become when others leave: ``slots`` [rows, heads, m] int64, distinct, -1 for none; their
+    new ``keys`` [rows, heads, m, Dk], without rotation, and ``values`` [rows, heads, m, Dv]; None leaves them alone."""
+
+    slots: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
 class Policy:
     """Base of all policies. Subclass as a frozen dataclass and override what the policy decides.
 
@@ -48,9 +58,11 @@ class Policy:
             budget, so that ``score`` is asked once in ``slack`` + 1 tokens; for scores that take the whole layer to
             compute. The end of a prompt always leaves the budget. 0: every step evicts.
         card: what the catalogue says of it; only kvcache's own policies need one.
+        merges_keys: whether :meth:`merge` changes keys, which takes a model whose rotation is known.
+        relocates: whether what is kept, by whatever policy, is rotated by its place in the cache; likewise.
 
     What a subclass may override
-        score (retention), allocate (retention), select (selection), layers (layer schedule).
+        score (retention), allocate (retention), merge (retention), select (selection), layers (layer schedule).
     """
 
     card: ClassVar[Card | None] = None
@@ -63,6 +75,8 @@ class Policy:
     sinks: int = 0
     recent: Budget = 0
     slack: int = 0
+    merges_keys: bool = False
+    relocates: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,6 +114,20 @@ class Policy:
         """Retention score of every entry, [rows, heads, capacity] float32: the lowest leaves first.
 
         None means "the oldest leaves first". Values of dead slots are ignored.
+        """
+        return None
+
+    @property
+    def merges(self) -> bool:
+        """Whether the policy folds what leaves into what stays."""
+        return type(self).merge is not Policy.merge
+
+    def merge(self, layer: LayerView, evicted: Tensor, kept: Tensor) -> Merged | None:
+        """What ``kept`` entries become when the ``evicted`` ones leave, both [rows, heads, capacity] bool.
+
+        Called whenever entries leave a layer without a sliding window (where they leave because no query will see them
+        any more), with all of them still there; a head may lose none. The engine writes the result. None changes
+        nothing. A crop does not undo what was merged.
         """
         return None
 
@@ -145,8 +173,9 @@ class Policy:
 
     @property
     def positions(self) -> str:
-        """How keys are rotated: by "original" positions, or "compact": by their place in the list that is read."""
-        return "original"
+        """How keys are rotated: by "original" positions; by their place in the list that is read ("compact"), or among
+        all entries of their head ("cache")."""
+        return "cache" if self.relocates else "original"
 
     @property
     def query_place(self) -> int:

@@ -55,6 +55,8 @@ def needs(policy: type[Policy]) -> str:
         found.append("queries of the prompt")
     if policy.select is not Policy.select:
         found.append("the queries of every step")
+    if policy.merges_keys or policy.relocates:
+        found.append("one known rotation")
     if policy.columns:
         found.append("a number beside every entry")
     return ", ".join(found)

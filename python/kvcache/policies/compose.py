@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .base import Policy, Selection
+from .base import Merged, Policy, Selection
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
 
-AXES = {"retains": "retention (what stays)", "selects": "selection (what is read)", "schedules": "layer schedule"}
+AXES = {
+    "retains": "retention (what stays)",
+    "selects": "selection (what is read)",
+    "schedules": "layer schedule",
+    "relocates": "positions of what is kept",
+}
 
 
 class _Composite(Policy):
@@ -34,10 +39,16 @@ class _Composite(Policy):
                 f"cannot combine {retention} | {selection}: {type(selection).__name__} reads from everything that was "
                 f"seen, and its heads vote on one set of entries, but {type(retention).__name__} evicts"
             )
+        self.relocates = "relocates" in self._by_axis
+        if selection is not None and self.relocates:
+            raise ValueError(
+                f"cannot combine {selection} | {self._by_axis['relocates']}: {type(selection).__name__} says itself by "
+                "which positions it reads"
+            )
         if retention is not None:
             for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
                 setattr(self, name, getattr(retention, name))
-            for name in ("observed", "generated"):
+            for name in ("observed", "generated", "merges_keys"):
                 setattr(self, name, getattr(retention, name))
 
     @property
@@ -61,6 +72,13 @@ class _Composite(Policy):
     def score(self, layer: LayerView) -> Tensor | None:
         return self._by_axis["retains"].score(layer)
 
+    @property
+    def merges(self) -> bool:
+        return self.retains and self._by_axis["retains"].merges
+
+    def merge(self, layer: LayerView, evicted: Tensor, kept: Tensor) -> Merged | None:
+        return self._by_axis["retains"].merge(layer, evicted, kept)
+
     def append_columns(self, layer: LayerView, keys: Tensor, values: Tensor) -> Mapping[str, Tensor]:
         return self._by_axis["retains"].append_columns(layer, keys, values)
 
@@ -83,7 +101,7 @@ class _Composite(Policy):
 
     @property
     def positions(self) -> str:
-        return self._by_axis["selects"].positions if self.selects else "original"
+        return self._by_axis["selects"].positions if self.selects else super().positions
 
     @property
     def query_place(self) -> int:
