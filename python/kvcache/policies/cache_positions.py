@@ -29,7 +29,7 @@ class CachePositions(Policy):
         rule="Keys and queries are rotated by their place in the cache: 0, 1, ... in the order of what a head holds.",
         holds="what another policy keeps",
         cost="reading, rotating and copying all keys and values; no graph",
-        use="Joined to `streamingllm` or another that evicts: streams beyond the length that the model was trained for.",
+        use="Joined to `streamingllm` or another that evicts: streams beyond the length that a model was trained for.",
     )
 
     relocates = True
