@@ -36,6 +36,7 @@ POLICIES = {
     "cam": kvcache.CaM(5, 4, 4),
     "d2o": kvcache.D2O(5, 4),
     "kvmerger": kvcache.KVMerger(5, 4),
+    "h2o|cache": kvcache.H2O(5, 4) | kvcache.CachePositions(),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -57,9 +58,10 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "cam": kvcache.CaM(100, 100),
     "d2o": kvcache.D2O(100, 100),
     "kvmerger": kvcache.KVMerger(100, 100),
+    "h2o|cache": kvcache.H2O(100, 100) | kvcache.CachePositions(),
 }
 BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova"), 9)
-BUDGETS |= dict.fromkeys(("cam", "d2o", "kvmerger"), 9)
+BUDGETS |= dict.fromkeys(("cam", "d2o", "kvmerger", "h2o|cache"), 9)
 BUDGETS["streamingllm"] = BUDGETS["emasink"] = 11
 NEW = 12
 IDS, MASK = padded([prompt(n, seed=20 + n)[0] for n in (30, 21)], "left")

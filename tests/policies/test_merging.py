@@ -9,6 +9,7 @@ from support.engines import engine, held, step
 from support.entries import EntryOracle
 from support.models import build, greedy, padded, prompt
 from support.runs import kept, own_log, run
+from transformers import AutoModelForCausalLM, BloomConfig
 
 import kvcache
 from kvcache import D2O, H2O, CaM, EMASink, KVMerger, StreamingLLM
@@ -136,11 +137,11 @@ def test_ema_sink_does_not_stall_in_half_precision(backend):
     """A thousandth of the way at each step is less than bfloat16 can tell: the average goes on in float32."""
     e = by_hand(EMASink(sinks=1, window=1, alpha=0.999), kv_dtype=torch.bfloat16)
     feed(e, [[1.0, 0.0]])
-    for _ in range(201):
+    for _ in range(101):
         feed(e, [[2.0, 1.0]])
-    left = 0.999**200
+    left = 0.999**100
     assert entry(e, 0)[0] == pytest.approx([2 - left, 1 - left], rel=2**-8)
-    e.crop(202)  # a sink that is new again begins anew
+    e.crop(102)  # a sink that is new again begins anew
     feed(e, [[4.0, 4.0]])
     feed(e, [[8.0, 8.0]])
     feed(e, [[8.0, 8.0]])
@@ -232,10 +233,10 @@ def test_kvmerger_of_an_example(backend):
 
 def test_the_size_of_blocks_does_not_matter(monkeypatch, backend):
     for name in ("cam", "d2o", "kvmerger"):
-        a = run(wrapped(POLICIES[name]), prompt(TOTAL), PROMPT)
+        a = run(wrapped(POLICIES[name]), prompt(PROMPT + 3), PROMPT)
         with monkeypatch.context() as patch:
             patch.setattr(merging, "_PAIRS", 100)
-            b = run(wrapped(POLICIES[name]), prompt(TOTAL), PROMPT)
+            b = run(wrapped(POLICIES[name]), prompt(PROMPT + 3), PROMPT)
         assert a.log == b.log
         assert (a.logits - b.logits).abs().max() < 5e-5
 
@@ -263,17 +264,17 @@ def go_on(model, cache, ids):
     return torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(ids.shape[1])], 1)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["emasink", "cam", "d2o"])
 def test_a_merge_writes_to_no_page_of_a_fork(name, backend):
     model = wrapped(POLICIES[name])
     cache, alone = (run(model, prompt(PROMPT), PROMPT).cache for _ in range(2))
     fork, before = cache.fork(), content(cache)
-    found = go_on(model, fork, prompt(7, seed=4))
+    found = go_on(model, fork, prompt(3, seed=4))
     assert all(torch.equal(x, y) for x, y in zip(before, content(cache), strict=True))
-    assert torch.equal(found, go_on(model, alone, prompt(7, seed=4)))
+    assert torch.equal(found, go_on(model, alone, prompt(3, seed=4)))
     assert same(fork, alone)
-    expected = run(model, torch.cat([prompt(PROMPT), prompt(6, seed=5)], 1), PROMPT).logits[:, PROMPT:]
-    assert torch.equal(go_on(model, cache, prompt(6, seed=5)), expected)
+    expected = run(model, torch.cat([prompt(PROMPT), prompt(3, seed=5)], 1), PROMPT).logits[:, PROMPT:]
+    assert torch.equal(go_on(model, cache, prompt(3, seed=5)), expected)
     pools = {s.pool for s in cache.engine.storages.values()}
     del cache, fork, alone
     assert all(pool.used == 0 for pool in pools)
@@ -297,7 +298,7 @@ def test_forks_within_max_tokens(backend):
     assert all(torch.equal(x, y) for x, y in zip(before, content(cache), strict=True))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["emasink", "d2o"])
 def test_a_forward_that_fails_leaves_everything_as_it_was(name, monkeypatch, backend):
     model = wrapped(POLICIES[name])
     cache = run(model, prompt(PROMPT + 3), PROMPT).cache
@@ -314,7 +315,7 @@ def test_a_forward_that_fails_leaves_everything_as_it_was(name, monkeypatch, bac
     assert torch.equal(go_on(model, cache, prompt(5, seed=9)), go_on(model, twin, prompt(5, seed=9)))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ["emasink", "cam", "d2o"])
 def test_drafts_that_are_rejected_merge_into_nothing(name, backend):
     model = wrapped(POLICIES[name])
     cache = run(model, prompt(PROMPT), PROMPT).cache
@@ -344,6 +345,18 @@ def test_beams_and_exports(name, backend):
     assert torch.equal(go_on(model, cache, prompt(6, seed=5)), go_on(model, again, prompt(6, seed=5)))
 
 
+@pytest.mark.parametrize(("policy", "foreseen"), [(D2O(20, 12), False), (H2O(20, 12), True)])
+def test_no_graph_may_foresee_a_merge(policy, foreseen):
+    """Until the budget is reached a step of either can be captured; the one that is over it merges outside."""
+    model = wrapped(policy)
+    cache = run(model, prompt(31), 30).cache
+    for expected in (True, foreseen, foreseen):  # 31, 32 and 32 of 32 before the step
+        cache.begin(1, 1, None)
+        assert cache.engine.evictable_in_advance(cache.engine.step) == expected
+        cache.abort()
+        go_on(model, cache, prompt(1))
+
+
 # -- what cannot be -------------------------------------------------------------------------------------------------
 
 
@@ -359,13 +372,13 @@ def test_windows_of_the_model_merge_nothing(backend):
         assert torch.equal(merged[2 * i], plain[2 * i]) == (layer.window is not None), i
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
 def test_values_merge_without_a_rotation_but_keys_do_not(name, backend):
-    model = build("gpt2") if name == "bloom" else build(name)
     if name == "bloom":
-        from transformers import AutoModelForCausalLM, BloomConfig
-
-        model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=97, hidden_size=64, n_layer=3, n_head=4)).eval()
+        config = BloomConfig(vocab_size=97, hidden_size=64, n_layer=2, n_head=4)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = build(name, n_layer=2)
     for policy in (D2O(6, 5), KVMerger(6, 5), EMASink(4, 7), D2O(6, 5) | kvcache.SkipDecode(1, 2)):
         with pytest.raises(ValueError, match=r"merging keys needs rotary embeddings.*For?CausalLM|LMHeadModel"):
             kvcache.wrap(model, policy)
