@@ -87,6 +87,21 @@ retention = st.one_of(
         seed=st.integers(0, 2**31),
     ),
 )
+attended = {"heavy": budgets, "recent": budgets | st.just(0), "group": st.sampled_from(["mean", "max"])}
+positive = st.floats(0, 1, exclude_min=True)
+retention |= st.one_of(
+    st.builds(
+        kvcache.EMASink,
+        sinks=st.integers(4, 99),
+        window=budgets,
+        alpha=st.floats(0, 1) | st.integers(0, 1),
+        pinned=st.integers(0, 3),
+        counted=st.booleans(),
+    ),
+    st.builds(kvcache.CaM, **attended, spread=counts, seed=st.integers(0, 2**31)),
+    st.builds(kvcache.D2O, **attended, smoothing=positive),
+    st.builds(kvcache.KVMerger, **attended, bandwidth=positive),
+)
 selection = st.builds(kvcache.Quest, k=counts, dense_layers=st.integers(0, 99)) | st.builds(
     TokenSelect,
     k=counts,
@@ -117,6 +132,8 @@ def policies(draw):
     parts = [draw(st.one_of(retention, selection, st.just(Full())))]
     if draw(st.booleans()):
         parts.insert(draw(st.integers(0, 1)), draw(skipdecode()))
+    if not any(isinstance(p, TokenSelect) for p in parts) and draw(st.booleans()):
+        parts.append(kvcache.CachePositions())
     out = parts[0]
     for part in parts[1:]:
         out = out | part

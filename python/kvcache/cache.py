@@ -101,7 +101,8 @@ class KVCache(Cache):
         check_prefill(resolved, prefill)
         state.check_policy(model, resolved)
         state.route(model, resolved)
-        rotation = state.rotation(model) if resolved.selects or resolved.observes else None
+        turns = resolved.selects or resolved.observes or resolved.merges_keys or resolved.relocates
+        rotation = state.rotation(model) if turns else None
         self._adopt(
             Engine(
                 resolved,

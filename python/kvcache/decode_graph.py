@@ -149,8 +149,9 @@ class DecodeGraphs:
                 output = forward(**{**kwargs, **still, **masked})
                 wrote = list(step.wrote)
                 engine.advance()
-                # With slack, what evicts is bulk, and runs without a graph.
-                evicted = [] if engine.policy.slack else [x for x in engine.holding() if x.smallest_budget < FAR]
+                # With slack, what evicts is bulk, and runs without a graph; so does what merges.
+                some = [] if engine.policy.slack else [x for x in engine.holding() if x.smallest_budget < FAR]
+                evicted = [x for x in some if not engine.merges_in(x)]
                 engine.evict_one(evicted, step)
         except BaseException as error:
             engine.restore(step, before)

@@ -52,8 +52,9 @@ class Engine(Reading, Evicting):
         self.rotation, self.projections, self.parallel = rotation, projections, parallel
         if "window_attention" in policy.needs and policy.observed < 1:
             raise ValueError(f"{policy}: window_attention needs observed queries, 1 or more, got {policy.observed}")
-        self.compact = policy.positions == "compact"
-        if self.compact and rotation is None:
+        self.compact, self.by_index = policy.positions == "compact", policy.positions == "cache"
+        self.unrotated = self.compact or self.by_index  # keys are stored so
+        if self.unrotated and rotation is None:
             raise ValueError(f"{policy} needs the model's rotation")
         self.layers = [Layer(self, i, w) for i, w in enumerate(windows)]
         self.storages: dict[tuple, PageStorage] = {}
@@ -196,7 +197,7 @@ class Engine(Reading, Evicting):
         """
         if step.tokens != 1 or step.repeats is not None or step.padded:
             return
-        if self.recording or self.compact:
+        if self.recording or self.unrotated:
             return
         running = []
         for layer in self.layers:
@@ -262,10 +263,10 @@ class Engine(Reading, Evicting):
         everyone = step.on(k.device, step.positions)
         active = step.routed.get(layer.index)
         positions = everyone if active is None else torch.where(step.on(k.device, active), everyone, -1)
-        if self.compact:
+        new_columns = self._new_columns(layer, k, v)
+        if self.unrotated:
             assert self.rotation is not None
             k = self.rotation.unrotate(k, everyone)
-        new_columns = self._new_columns(layer, k, v)
         layer.hidden = None
         spare = None
         if fresh:

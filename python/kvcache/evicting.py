@@ -16,6 +16,7 @@ from .policies.budget import FAR
 
 if TYPE_CHECKING:
     from .parallel import TensorParallel
+    from .rotation import Rotation
     from .step import Step
     from .store import PageStorage
 
@@ -33,6 +34,8 @@ class Evicting:
     real: Tensor | None
     unplanned: bool
     parallel: TensorParallel | None
+    unrotated: bool
+    rotation: Rotation | None
     _tokens_on: dict[torch.device, tuple[Tensor, Tensor]]
 
     def tokens_on(self, device: torch.device) -> Tensor:
@@ -77,7 +80,8 @@ class Evicting:
             over = layer.excess()
             if over <= slack:
                 continue
-            if over == 1 and due is None and (evicted is not None or (layer.surely_evicts and not store.shared)):
+            foreseen = evicted is not None or (layer.surely_evicts and not store.shared)
+            if over == 1 and due is None and foreseen and not self.merges_in(layer):
                 single.append(layer)
             else:
                 self.evict(layer, step, slack, due)
@@ -130,6 +134,29 @@ class Evicting:
             device = next((x.store.counts.device for x in self.holding() if x.store is not None), due.device)
             due = self.parallel.sum(due.to(device, torch.int32)).cpu() > 0
         return due if bool(due.any()) else None
+
+    def merges_in(self, layer: Layer) -> bool:
+        """Whether what leaves ``layer`` goes into what stays: not where a window of the model's hides it anyway."""
+        return self.policy.merges and layer.window is None
+
+    def _merge(self, layer: Layer, evicted: Tensor) -> None:
+        """Let the policy fold the ``evicted`` entries [R, H, C] bool, which are still there, into the others."""
+        store = layer.store
+        assert store is not None
+        live = torch.arange(store.capacity, device=evicted.device) < store.counts[..., None]
+        kept = live & ~evicted
+        merged = self.policy.merge(layer.view(), evicted, kept)
+        if merged is None or merged.slots.shape[2] == 0:
+            return
+        slots, keys = merged.slots, merged.keys
+        held = slots.clamp(min=0)
+        if not bool((kept.gather(2, held) | (slots < 0)).all()):
+            raise ValueError(f"{self.policy}: merge() names slots that hold no entry that stays")
+        if keys is not None and not self.unrotated:
+            assert self.rotation is not None
+            keys = self.rotation.rotate(keys, store.positions.gather(2, held))
+        store.unshare()
+        store.replace(slots, keys, merged.values)
 
     def compress(self, coming: int) -> None:
         """After a chunk that is not the last: bring every layer within the budgets that the whole prompt will have.
@@ -217,18 +244,25 @@ class Evicting:
         first, end = self._unprotected(layer)
         scores = self._scores(layer, step)
         before = int(store.counts_host.sum())
+        slots = torch.arange(store.capacity, device=device)
         if over == 1:
             victims = ops.choose_victims(scores, store.counts, store.positions, budgets, first, end)
+            if self.merges_in(layer):
+                self._merge(layer, slots == victims[..., None])
             store.overwrite(victims)
         else:
             if scores is None:
                 scores = store.positions.float()
-            live = torch.arange(store.capacity, device=device) < store.counts[..., None]
+            live = slots < store.counts[..., None]
             p = store.positions
             protected = (live & ((p < first[:, None, None]) | (p >= end[:, None, None]))).sum(-1, dtype=torch.int32)
             k = (budgets - protected).clamp(min=0)
             width = int(torch.minimum(torch.maximum(budgets, protected), store.counts).max())
             kept = ops.topk(scores.contiguous(), store.counts, p, k, first, end, max(width, 1))
+            if self.merges_in(layer):
+                stays = torch.nn.functional.pad(torch.zeros_like(live), (0, 1))
+                stays.scatter_(2, torch.where(kept[0] < 0, store.capacity, kept[0]).long(), True)
+                self._merge(layer, live & ~stays[..., :-1])
             store.keep(*kept, ahead=1 + self.policy.slack)
         layer.count("evictions", before - int(store.counts_host.sum()))
 
@@ -247,7 +281,7 @@ class Evicting:
         over: Any = counts - layer.budgets_host.astype(np.int64) - self.policy.slack if known else counts
         if not counts.size or over.max() <= 0 or not store.shared:
             return 0
-        if known:
+        if known and not self.merges_in(layer):  # what merges copies all of it, to be written to
             assert layer.recent is not None
             if over.max() == 1 and not self.policy.slack:
                 return int(np.count_nonzero(over > 0))
@@ -257,7 +291,8 @@ class Evicting:
 
     def evictable_in_advance(self, step: Step) -> bool:
         """Whether the end of this forward can be foreseen: no head will be over its budget by more than one entry, each
-        that is has something to give up, and no page is shared; where a policy has slack, nothing will be evicted."""
+        that is has something to give up, and no page is shared; where a policy has slack or merges, nothing will be
+        evicted."""
         slack = self.policy.slack
         if step.prompt or self.unplanned or (self.policy.reallocates and not slack):
             return False
@@ -268,7 +303,8 @@ class Evicting:
             if layer.budgets is None or not layer.surely_evicts or store.shared:
                 return False
             # The step's own entry, which the counts lack here, may be the one over the budget only without slack.
-            within = slack - 1 if slack and layer.index not in step.skipped else slack
+            bulk = slack or self.merges_in(layer)
+            within = slack - 1 if bulk and layer.index not in step.skipped else slack
             if store.max_count - within > layer.smallest_budget and layer.excess() > within:
                 return False
         return True

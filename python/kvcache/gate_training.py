@@ -30,7 +30,7 @@ from .layers import hidden_modules, wrapped_state
 from .parallel import tensor_parallel
 from .policies.budget import check_count
 from .tiers import index_of, plan_layers
-from .wrap import _set_implementation
+from .wrap import switch_implementation
 
 __all__ = ["GateRecipe", "train_gates"]
 
@@ -165,13 +165,13 @@ def _watched(modules: dict[int, nn.Module], note: Callable[[int, Tensor], None])
 def _exchanged(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Iterator[None]:
     """The model with the attention above, frozen and in eval mode; as it was afterwards."""
     wanted = {p: p.requires_grad for p in model.parameters()}
-    training, before = model.training, _set_implementation(model, NAME)
+    training, before = model.training, switch_implementation(model, NAME)
     try:
         model.requires_grad_(False).eval()
         with _watched(modules, lambda index, hidden: _run.hidden.update({index: hidden})):
             yield
     finally:
-        _set_implementation(model, before)
+        switch_implementation(model, before)
         for p, requires in wanted.items():
             p.requires_grad_(requires)
         model.train(training)

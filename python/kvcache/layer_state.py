@@ -135,7 +135,7 @@ class RecordedQueries:
         """Add the mass of the queries before ``limits`` [R] to the scores."""
         assert layer.store is not None
         accepted = torch.where(self.positions < limits[:, None], self.positions, -1)
-        pages = Pages.of(layer.store)
+        pages = engine.indexed(layer) if engine.by_index else Pages.of(layer.store)
         if self.ask.expand is not None:
             entries = self.ask.expand(*(layer.store.gather(x).to(self.q.dtype) for x in ("keys", "values")))
             pages = Pages.dense(*entries, layer.store.counts, layer.store.positions)
@@ -167,7 +167,7 @@ class ObservedQueries:
 
 class LayerView:
     """A layer as a policy sees it. Tensors are views: read them, do not write them. A policy may write to nothing but
-    its own columns, while it scores: what an entry is worth may become known later than the entry, and once.
+    its own columns, while it scores or merges: what an entry is worth may become known later than the entry, and once.
 
     ``counts`` [rows, heads] int32; ``positions`` and ``scores`` [rows, heads, capacity] (slots at or beyond the count
     are garbage); ``tokens`` [rows] int32: real tokens of each row so far; ``prompt_tokens`` [rows] int32, on the CPU:
@@ -264,11 +264,29 @@ class LayerView:
 
     def keys(self) -> Tensor:
         """Dense copy of the keys by slot, [rows, heads, max count, Dk]; as rotated by the model; dead slots are 0."""
-        return self._store.gather("keys")
+        engine, store = self._layer.engine, self._store
+        keys = store.gather("keys")
+        if not engine.unrotated:
+            return keys
+        assert engine.rotation is not None
+        return engine.rotation.rotate(keys, store.positions[..., : keys.shape[2]])
 
     def values(self) -> Tensor:
         """Dense copy of the values by slot, [rows, heads, max count, Dv]; dead slots are 0."""
         return self._store.gather("values")
+
+    def values_at(self, slots: Tensor) -> Tensor:
+        """Values, float32 [rows, heads, m, Dv], of the entries at ``slots`` [rows, heads, m] int64; -1: of any."""
+        return self._store.at("values", slots.clamp(min=0)).float()
+
+    def plain_keys_at(self, slots: Tensor) -> Tensor:
+        """Keys without their rotation, float32 [rows, heads, m, Dk], likewise; for policies that merge keys."""
+        slots, engine = slots.clamp(min=0), self._layer.engine
+        keys = self._store.at("keys", slots).float()
+        if engine.unrotated:
+            return keys
+        assert engine.rotation is not None
+        return engine.rotation.unrotate(keys, self._store.positions.gather(2, slots))
 
     def entries_before(self, end: Tensor) -> Tensor:
         """How many entries lie at positions below ``end`` [rows] int32, where nothing was evicted; [rows] int32."""

@@ -64,11 +64,14 @@ class WrappedState:
         # More than one number, or keys that are cached in another form: layers say themselves what they hold.
         if len(heads) == 1 and set(self.tiers.values()) <= {"handle", "own"}:
             policy.check_heads(heads[0])
-        if policy.positions == "compact" and (self.materialised or any(w is not None for w in self.windows)):
+        moved = f"positions={policy.positions!r}" if policy.positions != "original" else None
+        if moved and (self.materialised or any(w is not None for w in self.windows)):
             raise ValueError(
-                f"{policy}: positions='compact' needs full attention with keys as cached, "
+                f"{policy}: {moved} needs full attention with keys as cached, "
                 f"but {name} has sliding windows or transforms its keys after the cache"
             )
+        if policy.relocates and self.plan.self_attending:
+            raise ValueError(f"{policy}: {moved} needs the queries, but {name} computes attention itself")
         if policy.selects and self.materialised:
             raise ValueError(
                 f"{policy}: selection needs the keys as cached, but {name} transforms them after the cache (MLA)"
@@ -89,8 +92,10 @@ class WrappedState:
         if (policy.observes or policy.routes) and (self.materialised or self.plan.self_attending):
             why = "makes keys of what is cached (MLA)" if self.materialised else "computes attention itself"
             raise ValueError(f"{policy} needs queries that are made for the cached keys, but {name} {why}")
-        compact = policy.positions == "compact"
-        turns = "positions='compact'" if compact else str(policy) if policy.needs_rotation else None
+        if policy.merges and self.materialised:
+            raise ValueError(f"{policy}: merging needs the keys and values as cached, but {name} makes them anew (MLA)")
+        merges = f"{policy}: merging keys" if policy.merges_keys else None
+        turns = moved or merges or (str(policy) if policy.needs_rotation else None)
         if turns is not None and isinstance(found := self._find_rotation(model), ValueError):
             raise ValueError(f"{turns} {found}")
         self.projections(model, policy)

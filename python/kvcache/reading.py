@@ -14,6 +14,7 @@ from . import ops
 from .dense_attention import dense_attention, fast_types
 from .layer_state import Layer, ObservedQueries, RecordedQueries
 from .policies.base import Policy
+from .policies.budget import FAR
 from .step import Attention, Counted, Narrow, Pages, Step
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Reading:
     rotation: Rotation | None
     parallel: TensorParallel | None
     compact: bool
+    by_index: bool
     recording: bool
     scouting: bool
     prefill: str
@@ -131,6 +133,9 @@ class Reading:
         selecting = self._selects(layer, step)
         if self.compact:
             return self._attend_compact(layer, q, positions, reach, ask, selecting)
+        alone = new is not None and step.tokens > 1 and self._is_plain(layer, step, ask, new[0])
+        if self.by_index and not alone:  # the first tokens are where they would be
+            pages, q = self.indexed(layer), self._by_index(layer, q, reach)
         mask = self._slot_mask(step, pages, ask.mask)
         if mask is None and self._decodes(layer):
             first = None if layer.window is None else step.on(q.device, step.decode_start(layer.window))
@@ -366,6 +371,35 @@ class Reading:
             )  # fmt: skip
             outs.append(out)
         return self._join(outs, order)
+
+    def indexed(self, layer: Layer) -> Pages:
+        """The entries of ``layer``, keys rotated by their place in their head: 0, 1, ... in the order of positions."""
+        store, rotation = layer.store, self.rotation
+        assert store is not None
+        assert rotation is not None
+        keys, values = map(store.gather, KV)
+        positions = store.positions[..., : keys.shape[2]]
+        order = self._in_order(layer).indices
+        index = torch.arange(keys.shape[2], device=keys.device).expand(order.shape)
+        place = torch.empty_like(order).scatter_(2, order, index)
+        return Pages.dense(rotation.rotate(keys, place), values, store.counts, positions)
+
+    def _by_index(self, layer: Layer, q: Tensor, reach: Tensor) -> Tensor:
+        """q [R, Hq, T, D] turned from the positions ``reach`` [R, T] to the place of that entry in each head."""
+        store, rotation = layer.store, self.rotation
+        assert store is not None
+        assert rotation is not None
+        wanted = reach[:, None].expand(-1, store.heads, -1).contiguous()
+        place = torch.searchsorted(self._in_order(layer).values.contiguous(), wanted, right=True) - 1
+        return rotation.rotate(q, (place - wanted).repeat_interleave(layer.group, 1))
+
+    @staticmethod
+    def _in_order(layer: Layer) -> torch.return_types.sort:
+        """Positions [R, H, n] of the entries of every head, ascending, and their slots; behind them what is far."""
+        store = layer.store
+        assert store is not None
+        live = torch.arange(store.max_count, device=store.counts.device) < store.counts[..., None]
+        return torch.where(live, store.positions[..., : store.max_count], FAR).sort(dim=2)
 
     def _slot_mask(self, step: Step, pages: Pages, mask: Tensor | None) -> Tensor | None:
         """A mask over seen columns [R, m, T, columns] as one over slots [R, m | heads, T, capacity]."""

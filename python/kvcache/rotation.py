@@ -39,12 +39,15 @@ class Rotation:
         self._check(model, rotary)
 
     def rotate(self, x: Tensor, positions: Tensor, sign: float = 1.0) -> Tensor:
-        """x [R, H, T, D] turned by ``positions`` [R, T]; the first 2 * len(inv_freq) channels, halves paired."""
+        """x [R, H, T, D] turned by ``positions`` [R, T], or by head [R, H, T]; the first 2 * len(inv_freq) channels,
+        halves paired."""
         return self.turn(x, *self.angles(positions, sign))
 
     def angles(self, positions: Tensor, sign: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the rotation to ``positions`` [R, T], [R, 1, T, half] each; ``sign`` -1: back."""
-        angle = positions.to(torch.float32)[:, None, :, None] * self.inv_freq.to(positions.device)
+        """Cosine and sine of the rotation to ``positions`` [R, T], [R, 1, T, half] each, or to those of each head,
+        [R, H, T]; ``sign`` -1: back."""
+        by_head = positions if positions.ndim == 3 else positions[:, None]
+        angle = by_head.to(torch.float32)[..., None] * self.inv_freq.to(positions.device)
         return angle.cos(), angle.sin() * sign
 
     @staticmethod

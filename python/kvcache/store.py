@@ -368,6 +368,27 @@ class LayerStore:
             self.upload_table()
         self._narrow(ahead)
 
+    def unshare(self) -> None:
+        """Have every page for this store and row alone: what others hold as well is copied. May raise OutOfPages."""
+        if not self.shared:
+            return
+        pages = -(-self.counts_host // self.storage.page_size)
+        self.storage.reserve(int(pages.sum()))
+        self.storage.copy(self.storage.pool.unshare(self.table_host, np.zeros_like(pages), pages))
+        self.upload_table()
+
+    def replace(self, slots: Tensor, keys: Tensor | None, values: Tensor | None) -> None:
+        """Write keys [R, H, m, Dk] and values [R, H, m, Dv] (None: as they are) over the entries at ``slots`` [R, H, m]
+        int64 (-1: none). Their pages must not be shared (:meth:`unshare`), and have no bounds."""
+        s = self.storage
+        assert s.bounds is None
+        some = slots >= 0
+        pages = self.table.gather(2, slots.clamp(min=0) // s.page_size)[some].long()
+        places = (slots % s.page_size)[some]
+        for target, new in ((s.k_pages, keys), (s.v_pages, values)):
+            if new is not None:
+                target[pages, places] = new[some].to(target.dtype)
+
     def overwrite(self, victims: Tensor) -> None:
         """Evict one slot ``victims`` [R, H] int32 of each head (-1: none), in place."""
         s, pool = self.storage, self.storage.pool
@@ -507,6 +528,11 @@ class LayerStore:
             self.storage.pool.release(self.table_host)
 
     # -- reading ----------------------------------------------------------------------------------------------------
+
+    def at(self, what: str, slots: Tensor) -> Tensor:
+        """``what`` ("keys" or "values") of the entries at ``slots`` [R, H, m] int64, [R, H, m, D]."""
+        pages, size = self.storage.k_pages if what == "keys" else self.storage.v_pages, self.storage.page_size
+        return pages[self.table.gather(2, slots // size).long(), slots % size]
 
     def gather(self, what: str, width: int | None = None) -> Tensor:
         """Dense copy of ``what`` ("keys" or "values") in slot order, [R, H, width, D]; dead slots are zero."""

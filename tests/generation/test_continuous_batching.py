@@ -38,6 +38,9 @@ POLICIES = {
     "adakv": kvcache.AdaKV(9, 4, 3, generated="evict"),
     "promptdistill": kvcache.PromptDistill(0, 0.3, truncate=1),
     "gemfilter": kvcache.GemFilter(1, 0.3),
+    "emasink": kvcache.EMASink(sinks=2, window=7, alpha=0.7),
+    "d2o": kvcache.D2O(5, 4),
+    "h2o|cache": kvcache.H2O(5, 4) | kvcache.CachePositions(),
 }
 LENGTHS = (30, 7, 19, 44, 1, 23, 30)
 PROMPTS = [prompt(n, seed=40 + i)[0].tolist() for i, n in enumerate(LENGTHS)]

@@ -42,6 +42,11 @@ POLICIES = {
     "gemfilter": kvcache.GemFilter(0, 9),
     "trimkv": kvcache.TrimKV(random_gates(2), 9, slack=0, sinks=1, recent=3),
     "trimkv-global": kvcache.TrimKV(random_gates(2), 9, slack=2, recent=2, allocation="global"),
+    "emasink": kvcache.EMASink(sinks=3, window=8, alpha=0.7),
+    "cam": kvcache.CaM(5, 4, 4),
+    "d2o": kvcache.D2O(5, 4),
+    "kvmerger": kvcache.KVMerger(5, 4),
+    "h2o|cache": kvcache.H2O(5, 4) | kvcache.CachePositions(),
 }
 ROOMY = {  # the same kinds with room for everything: even what reads differently in drafts is then exact
     "full": kvcache.Full(),
@@ -67,9 +72,15 @@ ROOMY = {  # the same kinds with room for everything: even what reads differentl
     "gemfilter": kvcache.GemFilter(0, 200),
     "trimkv": kvcache.TrimKV(random_gates(2), 200),
     "trimkv-global": kvcache.TrimKV(random_gates(2), 200, allocation="global"),
+    "emasink": kvcache.EMASink(sinks=3, window=200),
+    "cam": kvcache.CaM(100, 100),
+    "d2o": kvcache.D2O(100, 100),
+    "kvmerger": kvcache.KVMerger(100, 100),
+    "h2o|cache": kvcache.H2O(100, 100) | kvcache.CachePositions(),
 }
 BUDGETS = dict.fromkeys(("h2o", "random", "h2o|skipdecode", "keydiff", "expectedattention", "tova", "trimkv"), 9)
-BUDGETS["streamingllm"] = 11
+BUDGETS |= dict.fromkeys(("cam", "d2o", "kvmerger", "h2o|cache"), 9)
+BUDGETS["streamingllm"] = BUDGETS["emasink"] = 11
 NEW = 12
 IDS, MASK = padded([prompt(n, seed=20 + n)[0] for n in (30, 21)], "left")
 

@@ -14,6 +14,7 @@ from support.dense import (
     TokenSelectOracle,
     dense_logits,
 )
+from support.entries import RULES, EntryOracle
 from support.models import build, padded
 from support.policies import GENEROUS, LAYERS, POLICIES, part, schedule, usual
 from support.runs import kept, own_log, run
@@ -87,6 +88,10 @@ def replay(model, result, policy, active):
     select = part(policy, TokenSelect)
     if select is not None:
         return select_oracle(model, select, active)
+    merging = part(policy, tuple(RULES))
+    if merging is not None or policy.relocates:
+        frequencies = model.model.rotary_emb.inv_freq
+        return EntryOracle(own_log(result), PROMPT, merging, frequencies, active, policy.relocates)
     distill = part(policy, PromptDistill)
     if distill is not None:
         return distill_oracle(result, distill)
@@ -251,7 +256,8 @@ def test_o7_query_heads_read_their_own_kv_head(policy, name, backend):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_o8_positions_and_what_lies_there(name, backend):
-    """``positions`` names the entries: the keys and values in the pages are the model's own at these positions."""
+    """``positions`` names the entries: the keys and values in the pages are the model's own at these positions, or what
+    the policy has made of them there."""
     policy = POLICIES[name]
     model = wrapped(policy)
     result = run(model, tokens(), PROMPT)
@@ -265,8 +271,9 @@ def test_o8_positions_and_what_lies_there(name, backend):
     attend = oracle.attend
 
     def record(layer, q, k, v, *more):
-        entries[layer] = (k, v)
-        return attend(layer, q, k, v, *more)
+        out = attend(layer, q, k, v, *more)
+        entries[layer] = oracle.final[layer] if isinstance(oracle, EntryOracle) else (k, v)
+        return out
 
     oracle.attend = record
     dense_logits(model, tokens()[:, columns(cache)], oracle, active)
@@ -277,6 +284,8 @@ def test_o8_positions_and_what_lies_there(name, backend):
         k, v = entries[i]
         if cache.policy.positions == "compact":
             k = oracle.turn(k, -torch.arange(TOTAL))
+        elif cache.policy.relocates:
+            k = torch.stack([oracle.turn(head, -torch.arange(TOTAL)) for head in k])
         for h in range(2):
             n = int(layer.store.counts[0, h])
             where = layer.store.positions[0, h, :n].long()

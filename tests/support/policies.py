@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from kvcache import (
+    D2O,
     H2O,
     RKV,
     TOVA,
     AdaKV,
+    CachePositions,
+    CaM,
     CriticalKV,
     DuoAttention,
+    EMASink,
     ExpectedAttention,
     Full,
     GemFilter,
     KeyDiff,
     KNorm,
+    KVMerger,
     LagKV,
     Policy,
     PromptDistill,
@@ -106,6 +111,13 @@ POLICIES: dict[str, Policy] = {
     "trimkv": TrimKV(random_gates(LAYERS), 11, slack=0, sinks=1, recent=2),
     "trimkv-global": TrimKV(random_gates(LAYERS), 11, slack=3, recent=2, allocation="global", floor=0.3),
     "trimkv|skipdecode": TrimKV(random_gates(LAYERS), 11, slack=2) | SkipDecode(**SKIP),
+    "emasink": EMASink(sinks=4, window=7, alpha=0.7, pinned=1),
+    "emasink|skipdecode": EMASink(sinks=3, window=8, alpha=0.9) | SkipDecode(**SKIP),
+    "cam": CaM(6, 5, 4, seed=2),
+    "d2o": D2O(6, 5),
+    "kvmerger": KVMerger(6, 5, bandwidth=0.8),
+    "h2o|cache": CachePositions() | H2O(6, 5),
+    "emasink|cache": EMASink(sinks=4, window=7, alpha=0.7) | CachePositions(),
 }
 
 #: One of each kind. In whole generations the others run in ``make test-slow`` (tests/conftest.py).
@@ -147,6 +159,12 @@ GENEROUS: dict[str, Policy] = {
     "promptdistill-last": PromptDistill(4, 1),  # no layer is left to drop tokens from
     "trimkv": TrimKV(random_gates(LAYERS), 60, slack=6),
     "trimkv-global": TrimKV(random_gates(LAYERS), 66, slack=0, allocation="global"),
+    "emasink": EMASink(sinks=4, window=200),
+    "cam": CaM(60, 6),
+    "d2o": D2O(100, 100),
+    "kvmerger": KVMerger(1.0, 22),
+    "cache": Full() | CachePositions(),
+    "h2o|cache": H2O(100, 100) | CachePositions(),
 }
 
 

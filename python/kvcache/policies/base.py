@@ -45,6 +45,16 @@ class Selection:
         return Selection(slots, counts)
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What entries that stay become when others leave: ``slots`` [rows, heads, m] int64, distinct, -1 for none; their
+    new ``keys`` [rows, heads, m, Dk], without rotation, and ``values`` [rows, heads, m, Dv]; None leaves them alone."""
+
+    slots: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
 class Policy:
     """Base of all policies. Subclass as a frozen dataclass and override what the policy decides.
 
@@ -72,13 +82,16 @@ class Policy:
             budget, so that ``score`` is asked once in ``slack`` + 1 tokens; for scores that take the whole layer to
             compute. The end of a prompt always leaves the budget. 0: every step evicts.
         card: what the catalogue says of it; only kvcache's own policies need one.
+        merges_keys: whether :meth:`merge` changes keys, which takes a model whose rotation is known.
+        relocates: whether what is kept, by whatever policy, is rotated by its place in the cache; likewise.
 
         routes_after: layers after which :meth:`route` is asked, ascending.
         scout: a policy whose :meth:`route`, first asked in a forward of its own that ends there, says which tokens of a
             prompt are read at all: the others count as padding, so that positions have no gaps.
 
     What a subclass may override
-        score (retention), allocate (retention), select (selection), layers (layer schedule), route (token routing).
+        score (retention), allocate (retention), merge (retention), select (selection), layers (layer schedule), route
+        (token routing).
     """
 
     card: ClassVar[Card | None] = None
@@ -98,6 +111,8 @@ class Policy:
     slack: int = 0
     routes_after: tuple[int, ...] = ()
     scout: Policy | None = None
+    merges_keys: bool = False
+    relocates: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -142,6 +157,20 @@ class Policy:
         """Retention score of every entry, [rows, heads, capacity] float32: the lowest leaves first.
 
         None means "the oldest leaves first". Values of dead slots are ignored.
+        """
+        return None
+
+    @property
+    def merges(self) -> bool:
+        """Whether the policy folds what leaves into what stays."""
+        return type(self).merge is not Policy.merge
+
+    def merge(self, layer: LayerView, evicted: Tensor, kept: Tensor) -> Merged | None:
+        """What ``kept`` entries become when the ``evicted`` ones leave, both [rows, heads, capacity] bool.
+
+        Called whenever entries leave a layer without a sliding window (where they leave because no query will see them
+        any more), with all of them still there; a head may lose none. The engine writes the result. None changes
+        nothing. A crop does not undo what was merged.
         """
         return None
 
@@ -192,8 +221,9 @@ class Policy:
 
     @property
     def positions(self) -> str:
-        """How keys are rotated: by "original" positions, or "compact": by their place in the list that is read."""
-        return "original"
+        """How keys are rotated: by "original" positions; by their place in the list that is read ("compact"), or among
+        all entries of their head ("cache")."""
+        return "cache" if self.relocates else "original"
 
     @property
     def query_place(self) -> int:

@@ -59,10 +59,10 @@ def needs(policy: type[Policy]) -> str:
         found.append("a prompt at once")
     if policy.needs_hidden:
         found.append("hidden states that enter attention")
+    if policy.needs_rotation or policy.merges_keys or policy.relocates:
+        found.append("a rotation that is known")
     if isinstance(policy.columns, tuple) and policy.columns:  # not where they depend on the arguments
         found.append("a number beside every entry")
-    if policy.needs_rotation:
-        found.append("a rotation that is known")
     if policy.needs_output_projection:
         found.append("the output projection")
     return ", ".join(found)

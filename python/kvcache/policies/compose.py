@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .base import Policy, Selection
+from .base import Merged, Policy, Selection
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
@@ -17,6 +17,7 @@ AXES = {
     "selects": "selection (what is read)",
     "schedules": "layer schedule",
     "routes": "token routing (which tokens of a prompt run)",
+    "relocates": "positions of what is kept",
 }
 
 
@@ -52,12 +53,18 @@ class _Composite(Policy):
             )
         if routing is not None:
             self.routes_after, self.scout = routing.routes_after, routing.scout
+        self.relocates = "relocates" in self._by_axis
+        if selection is not None and self.relocates:
+            raise ValueError(
+                f"cannot combine {selection} | {self._by_axis['relocates']}: {type(selection).__name__} says itself by "
+                "which positions it reads"
+            )
         if retention is not None:
-            for name in ("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack"):
-                setattr(self, name, getattr(retention, name))
-            for name in ("observed", "generated", "needs_hidden", "reallocates"):
-                setattr(self, name, getattr(retention, name))
-            for name in ("observes_generated", "needs_rotation", "needs_output_projection"):
+            for name in (
+                *("needs", "columns", "group_reduction", "budget", "sinks", "recent", "slack", "observed", "generated"),
+                *("needs_hidden", "reallocates", "merges_keys", "observes_generated", "needs_rotation"),
+                "needs_output_projection",
+            ):
                 setattr(self, name, getattr(retention, name))
 
     @property
@@ -83,6 +90,13 @@ class _Composite(Policy):
 
     def score(self, layer: LayerView) -> Tensor | None:
         return self._by_axis["retains"].score(layer)
+
+    @property
+    def merges(self) -> bool:
+        return self.retains and self._by_axis["retains"].merges
+
+    def merge(self, layer: LayerView, evicted: Tensor, kept: Tensor) -> Merged | None:
+        return self._by_axis["retains"].merge(layer, evicted, kept)
 
     def append_columns(self, layer: LayerView, keys: Tensor, values: Tensor) -> Mapping[str, Tensor]:
         return self._by_axis["retains"].append_columns(layer, keys, values)
@@ -110,7 +124,7 @@ class _Composite(Policy):
 
     @property
     def positions(self) -> str:
-        return self._by_axis["selects"].positions if self.selects else "original"
+        return self._by_axis["selects"].positions if self.selects else super().positions
 
     @property
     def query_place(self) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor
 
 from .budget import Budget, check_count
 from .card import Card
+from .hashing import hashed
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView
-
-_MULTIPLIER = 0x9E3779B1  # odd, so that multiplication mod 2^32 permutes
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,4 @@ class RandomEviction(_Keeping):
         check_count("seed", self.seed)
 
     def score(self, layer: LayerView) -> Tensor:
-        head = torch.arange(layer.heads, device=layer.positions.device)[None, :, None]
-        x = layer.positions.long() + ((self.seed * 1009 + layer.index) * 257 + head) * 0x10001
-        for shift in (16, 15, 16):
-            x = (x ^ (x >> shift)) * _MULTIPLIER & 0xFFFFFFFF
-        return (x >> 8).float()  # 24 bits: exact in float32
+        return hashed(layer, self.seed)
