@@ -133,9 +133,10 @@ class Reading:
         selecting = self._selects(layer, step)
         if self.compact:
             return self._attend_compact(layer, q, positions, reach, ask, selecting)
-        alone = new is not None and step.tokens > 1 and self._is_plain(layer, step, ask, new[0])
-        if self.by_index and not alone:  # the first tokens are where they would be
-            pages, q = self.indexed(layer), self._by_index(layer, q, reach)
+        if self.by_index:
+            alone = new is not None and step.tokens > 1 and self._is_plain(layer, step, ask, new[0])
+            if not alone:  # else the first tokens are where they would be
+                pages, q = self.indexed(layer), self._by_index(layer, q, reach)
         mask = self._slot_mask(step, pages, ask.mask)
         if mask is None and self._decodes(layer):
             first = None if layer.window is None else step.on(q.device, step.decode_start(layer.window))

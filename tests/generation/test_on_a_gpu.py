@@ -16,7 +16,7 @@ from support.pretend_gpu import PretendTensor, move, on_gpu, pretend_gpu
 import kvcache
 
 ROWS = [prompt(n, seed=20 + n)[0] for n in (30, 19, 25)]
-EVICTING = ("streamingllm", "h2o", "random", "tova", "snapkv", "adakv-evict")
+EVICTING = ("streamingllm", "h2o", "random", "tova", "snapkv", "adakv-evict", "emasink", "d2o")
 
 
 @pytest.fixture(
