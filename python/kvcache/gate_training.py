@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import sdpa_mask
 
 from .attention import cache_argument, parameters_of
@@ -256,7 +257,14 @@ def train_gates(
         raise ValueError(f"{type(model).__name__} is wrapped: call kvcache.unwrap(model) before its gates are trained")
     if len({p.device for p in model.parameters()}) > 1 or tensor_parallel(model) is not None:
         raise ValueError(f"{type(model).__name__} is spread over devices: gates are trained on one")
-    modules = hidden_modules(model, plan_layers(model), "train_gates")
+    plan = plan_layers(model)
+    modules = hidden_modules(model, plan, "train_gates")
+    for index, layer in enumerate(plan.layers):
+        if plan.tiers[index] == "own" and not isinstance(layer, LinearAttentionLayer):
+            raise ValueError(
+                f"layer {index} of {type(model).__name__} reads another layer's entries, and would have to fade with "
+                "them: gates are not trained for such models"
+            )
     shapes = gate_shapes(model, modules)
     if batches is None:
         from .evaluation.gate_data import batches_for

@@ -6,13 +6,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import build, prompt
+import transformers
+from support.models import build, greedy, prompt
 
 import kvcache
 from kvcache import Gates, gate_training
 from kvcache.cli import main
 from kvcache.evaluation.gate_data import batches_for
 from kvcache.evaluation.loading import load_tokenizer
+from kvcache.evaluation.tiny_models import tiny_model
 from kvcache.gate_training import GateRecipe, capacity_loss, forward, gate_shapes, losses, train_gates
 from kvcache.layers import hidden_modules
 from kvcache.tiers import plan_layers
@@ -152,6 +154,24 @@ def test_training_lowers_the_loss_and_touches_nothing_but_gates(tmp_path):
     kvcache.wrap(model.eval(), kvcache.TrimKV(str(tmp_path / "g.safetensors"), 8))
 
 
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (lambda: build("qwen3").to(torch.bfloat16), [0, 1, 2]),
+        (lambda: tiny_model(transformers.Qwen3NextForCausalLM, "qwen3_next").eval(), [1]),
+        (lambda: tiny_model(transformers.FalconH1ForCausalLM, "falcon_h1").eval(), [0, 1, 2, 3]),
+    ],
+    ids=["bfloat16", "some layers recurrent", "layers half recurrent"],
+)
+def test_other_models_train_and_serve(make, layers, tmp_path):
+    model, file = make(), str(tmp_path / "g")
+    gates = train_gates(model, file, batches=batches, **{**TINY, "steps": 2})
+    assert list(gates.shapes) == layers
+    kvcache.wrap(model, f"trimkv(gates={file!r}, keep=6, slack=0)")
+    cache = greedy(model, prompt(20, rows=2), None, 4).past_key_values
+    assert all((cache.kept(i) == 6).all() and cache.kept(i).numel() for i in layers)
+
+
 class Interrupted(Exception):
     pass
 
@@ -208,6 +228,8 @@ def test_what_train_gates_refuses(tmp_path):
         train_gates(model, out, batches=batches, resume=True)
     with pytest.raises(ValueError, match="train_gates needs the hidden states.*MLA"):
         train_gates(build("deepseek-v3"), out, batches=batches)
+    with pytest.raises(ValueError, match="layer 2 of Gemma3nForCausalLM reads another layer's entries"):
+        train_gates(tiny_model(transformers.Gemma3nForCausalLM, "gemma3n_text"), out, batches=batches)
     with pytest.raises(ValueError, match="this LlamaForCausalLM comes from no folder; pass one, or batches"):
         train_gates(model, out)
     kvcache.wrap(model)
