@@ -10,12 +10,13 @@ import transformers
 from support.models import build, greedy, prompt
 
 import kvcache
-from kvcache import Gates, gate_training
+from kvcache import Gates, gate_attention
 from kvcache.cli import main
 from kvcache.evaluation.gate_data import batches_for
 from kvcache.evaluation.loading import load_tokenizer
 from kvcache.evaluation.tiny_models import tiny_model
-from kvcache.gate_training import GateRecipe, capacity_loss, forward, gate_shapes, losses, train_gates
+from kvcache.gate_attention import capacity_loss, forward
+from kvcache.gate_training import GateRecipe, gate_shapes, losses, train_gates
 from kvcache.layers import hidden_modules
 from kvcache.tiers import plan_layers
 
@@ -51,7 +52,7 @@ def test_gates_that_forget_nothing_leave_the_model_as_it_is(name):
     ids = prompt(24, rows=2)
     with torch.no_grad():
         expected = model(ids).logits
-        with gate_training._exchanged(model, modules_of(model)):
+        with gate_attention.exchanged(model, modules_of(model)):
             teacher, none = forward(model, ids)
             gates = Gates(gate_shapes(model, modules_of(model)), width=4, bias=200.0)
             student, excess = forward(model, ids, gates, 4)
@@ -80,12 +81,12 @@ def test_what_a_head_forgets_is_gone_from_its_own_group_alone():
     with torch.no_grad():
         gates.layers["0"].outer.weight.normal_(0, 2, generator=generator)
     hidden = torch.randn(1, 7, 3, generator=generator)
-    gate_training._run = gate_training._Run(gates, 2, {0: hidden})
+    gate_attention._run = gate_attention._Run(gates, 2, {0: hidden})
     try:
-        out, _ = gate_training.fading_attention(Module(), q, k, v, None, scaling=0.3)
-        (excess,) = gate_training._run.excess
+        out, _ = gate_attention.fading_attention(Module(), q, k, v, None, scaling=0.3)
+        (excess,) = gate_attention._run.excess
     finally:
-        gate_training._run = gate_training._Run()
+        gate_attention._run = gate_attention._Run()
     log_beta = gates.log_beta(0, hidden)[0].detach()
     total = 0.0
     for h in range(6):
@@ -112,7 +113,7 @@ def test_losses_and_where_their_gradient_goes():
     model = build("llama-gqa")
     gates = lively(model)
     ids, weights = batches(0)
-    with gate_training._exchanged(model, modules_of(model)):
+    with gate_attention.exchanged(model, modules_of(model)):
         kl, ce, excess = losses(model, gates, ids, weights, 2)
         with torch.no_grad():
             teacher, student = (forward(model, ids, g, 2)[0][:, :-1] for g in (None, gates))
