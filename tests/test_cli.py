@@ -30,13 +30,30 @@ def kvcache(*arguments, **environment):
 
 
 def test_version_and_help(capsys):
-    for arguments in (["--version"], ["--help"], ["demo", "--help"], ["eval", "--help"], ["bench", "--help"]):
+    for arguments in (
+        ["--version"],
+        ["--help"],
+        ["demo", "--help"],
+        ["eval", "--help"],
+        ["bench", "--help"],
+        ["train-gates", "--help"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"kvcache {__version__}" in out
-    for word in ("demo", "eval", "bench", "doctor", "--out", "--quick", "--context"):
+    for word in (
+        "demo",
+        "eval",
+        "bench",
+        "train-gates",
+        "doctor",
+        "--out",
+        "--quick",
+        "--context",
+        "--capacity-weight",
+    ):
         assert word in out
 
 

@@ -35,7 +35,7 @@ their shapes, batches of 1, 4 and 8 behind 4k, 32k and 128k tokens. Writes repor
 _GATES = """\
 Train the retention gates of the policy trimkv for a model, which stays as it is: what each gate lets a head forget must
 not change what the model says. On tasks and documentation that are made on the spot, or on a text. Writes one
-safetensors file. An interrupted training goes on with --resume. For the model that comes with kvcache some minutes."""
+safetensors file. An interrupted training goes on with --resume."""
 
 _DOCTOR = """\
 Show versions, the backend and instruction set in use, what is known of CUDA, and check that every native op is

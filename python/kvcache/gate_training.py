@@ -1,40 +1,35 @@
 """Trains retention gates (:class:`kvcache.Gates`) on a model that stays as it is.
 
 The model runs twice over every batch: as it is (the teacher), and with attention in which every entry fades as its gate
-says (the student). Its attention is exchanged through transformers' attention interface while that lasts, hidden states
-are read by hooks; nothing of the model is replaced, and only gates have gradients.
-
-Source: TRIM-KV, arXiv 2512.03324, section 4 (version 2, equation 3: the fading is added to the logits; version 1 and
-the official code multiply logits by it, which leaves a forgotten token the logit 0 and not -inf).
+says (the student). Nothing of the model is replaced, and only gates have gradients. Source: TRIM-KV, arXiv 2512.03324,
+section 4.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionLayer
 
 from .attention import cache_argument, parameters_of
+from .gate_attention import exchanged, forward, watched
 from .gates import Gates, file_of
 from .layers import hidden_modules, wrapped_state
 from .parallel import tensor_parallel
 from .policies.budget import check_count
-from .tiers import index_of, plan_layers
-from .wrap import switch_implementation
+from .tiers import plan_layers
 
 __all__ = ["GateRecipe", "train_gates"]
 
-NAME = "kvcache_gates"
 _WARMUP = 20
 #: Step -> tokens int64 [rows, T], and what each of them weighs as a target, float [rows, T].
 Batches = Callable[[int], tuple[Tensor, Tensor]]
@@ -74,123 +69,6 @@ class GateRecipe:
                 raise ValueError(f"{name} must be a {'finite' if name == 'bias' else 'positive'} number, got {value}")
 
 
-@dataclass
-class _Run:
-    """One forward with the exchanged attention. ``gates``: None for the teacher."""
-
-    gates: Gates | None = None
-    capacity: int = 0
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    excess: list[Tensor] = field(default_factory=list)  # per layer, the capacity loss
-
-
-_run = _Run()
-
-
-def fading_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """softmax(q k scale + (t - i) log beta_i) v; signature and result as transformers' attention functions have them.
-
-    query [B, Hq, T, D], key, value [B, H, T, D]; attention_mask bool [B, 1, T, T]. Returns ([B, T, Hq, D], None).
-    """
-    heads, tokens = key.shape[1], query.shape[2]
-    visible = attention_mask
-    if visible is None:
-        visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    if _run.gates is None:
-        bias = torch.zeros(visible.shape, device=query.device).masked_fill(~visible, float("-inf"))
-    else:
-        index = index_of(module)
-        assert index is not None
-        log_beta = _run.gates.log_beta(index, _run.hidden.pop(index))
-        place = torch.arange(tokens, device=query.device)
-        bias = (place[:, None] - place).clamp(min=0) * log_beta[:, :, None]  # [B, H, T, T]
-        bias = bias.masked_fill(~visible, float("-inf"))
-        _run.excess.append(capacity_loss(bias, _run.capacity))
-    # What is of the size of all heads is passed over as seldom as can be: it is most of the time of a step.
-    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    logits = (query.unflatten(1, (heads, -1)) @ key[:, :, None].transpose(-1, -2)).float()  # [B, H, group, T, T]
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits + bias[:, :, None]
-    if s_aux is not None:
-        sink = s_aux.float().view(1, heads, -1, 1, 1).expand(*logits.shape[:-1], 1)
-        logits = torch.cat([logits, sink], -1)
-    weights = logits.softmax(-1)[..., : key.shape[2]].to(value.dtype)
-    return (weights @ value[:, :, None]).flatten(1, 2).transpose(1, 2).contiguous(), None
-
-
-def capacity_loss(fading: Tensor, capacity: int) -> Tensor:
-    """mean over t of max(0, sum over i of beta_i ** (t - i) - ``capacity``) / t, with t from 1 (section 4).
-
-    ``fading`` [B, H, T, T] float32: (t - i) log beta_i, -inf where query t does not see entry i.
-    """
-    remembered = fading.exp().sum(-1)
-    return (F.relu(remembered - capacity) / torch.arange(1, fading.shape[2] + 1, device=fading.device)).mean()
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-
-
-AttentionInterface.register(NAME, fading_attention)
-AttentionMaskInterface.register(NAME, _mask)
-
-
-@contextlib.contextmanager
-def _watched(modules: dict[int, nn.Module], note: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While it lasts, ``note`` is told the layer and the hidden states that enter its attention module."""
-
-    def hook(index: int) -> Callable[..., None]:
-        return lambda module, args, kwargs: note(index, args[0] if args else kwargs["hidden_states"])
-
-    handles = [m.register_forward_pre_hook(hook(i), with_kwargs=True) for i, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def _exchanged(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Iterator[None]:
-    """The model with the attention above, frozen and in eval mode; as it was afterwards."""
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    training, before = model.training, switch_implementation(model, NAME)
-    try:
-        model.requires_grad_(False).eval()
-        with _watched(modules, lambda index, hidden: _run.hidden.update({index: hidden})):
-            yield
-    finally:
-        switch_implementation(model, before)
-        for p, requires in wanted.items():
-            p.requires_grad_(requires)
-        model.train(training)
-
-
-def forward(
-    model: PreTrainedModel, tokens: Tensor, gates: Gates | None = None, capacity: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Logits [B, T, vocabulary] float32 of tokens [B, T], and the capacity loss, mean over layers and heads."""
-    global _run
-    _run = _Run(gates, capacity)
-    try:
-        logits = model(input_ids=tokens, use_cache=False).logits.float()
-        excess = torch.stack([x.to(logits.device) for x in _run.excess]).mean() if _run.excess else logits.new_zeros(())
-    finally:
-        _run = _Run()
-    return logits, excess
-
-
 def losses(
     model: PreTrainedModel, gates: Gates, tokens: Tensor, weights: Tensor, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +88,7 @@ def gate_shapes(model: PreTrainedModel, modules: dict[int, nn.Module]) -> dict[i
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     name = cache_argument(parameters_of(type(model).forward))
     tokens = torch.ones(1, 2, dtype=torch.long, device=model.device)
-    with torch.no_grad(), _watched(modules, lambda index, hidden: sizes.update({index: hidden.shape[-1]})):
+    with torch.no_grad(), watched(modules, lambda index, hidden: sizes.update({index: hidden.shape[-1]})):
         model(input_ids=tokens, use_cache=True, **{name: cache})
     return {index: (size, cache.layers[index].keys.shape[1]) for index, size in sorted(sizes.items())}
 
@@ -256,7 +134,14 @@ def train_gates(
         raise ValueError(f"{type(model).__name__} is wrapped: call kvcache.unwrap(model) before its gates are trained")
     if len({p.device for p in model.parameters()}) > 1 or tensor_parallel(model) is not None:
         raise ValueError(f"{type(model).__name__} is spread over devices: gates are trained on one")
-    modules = hidden_modules(model, plan_layers(model), "train_gates")
+    plan = plan_layers(model)
+    modules = hidden_modules(model, plan, "train_gates")
+    for index, layer in enumerate(plan.layers):
+        if plan.tiers[index] == "own" and not isinstance(layer, LinearAttentionLayer):
+            raise ValueError(
+                f"layer {index} of {type(model).__name__} reads another layer's entries, and would have to fade with "
+                "them: gates are not trained for such models"
+            )
     shapes = gate_shapes(model, modules)
     if batches is None:
         from .evaluation.gate_data import batches_for
@@ -275,7 +160,7 @@ def train_gates(
     about = {"model": type(model).__name__, "shapes": {str(k): list(v) for k, v in shapes.items()}, **asdict(settings)}
     about["data"] = hashlib.sha256(batches(0)[0].numpy().tobytes()).hexdigest()[:16]
     begin = _restore(state, about, gates, optimizer) if resume else 0
-    with _exchanged(model, modules):
+    with exchanged(model, modules):
         for step in range(begin, settings.steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * _rate(step, settings.steps)

@@ -6,14 +6,17 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import build, prompt
+import transformers
+from support.models import build, greedy, prompt
 
 import kvcache
-from kvcache import Gates, gate_training
+from kvcache import Gates, gate_attention
 from kvcache.cli import main
 from kvcache.evaluation.gate_data import batches_for
 from kvcache.evaluation.loading import load_tokenizer
-from kvcache.gate_training import GateRecipe, capacity_loss, forward, gate_shapes, losses, train_gates
+from kvcache.evaluation.tiny_models import tiny_model
+from kvcache.gate_attention import capacity_loss, forward
+from kvcache.gate_training import GateRecipe, gate_shapes, losses, train_gates
 from kvcache.layers import hidden_modules
 from kvcache.tiers import plan_layers
 
@@ -49,7 +52,7 @@ def test_gates_that_forget_nothing_leave_the_model_as_it_is(name):
     ids = prompt(24, rows=2)
     with torch.no_grad():
         expected = model(ids).logits
-        with gate_training._exchanged(model, modules_of(model)):
+        with gate_attention.exchanged(model, modules_of(model)):
             teacher, none = forward(model, ids)
             gates = Gates(gate_shapes(model, modules_of(model)), width=4, bias=200.0)
             student, excess = forward(model, ids, gates, 4)
@@ -78,12 +81,12 @@ def test_what_a_head_forgets_is_gone_from_its_own_group_alone():
     with torch.no_grad():
         gates.layers["0"].outer.weight.normal_(0, 2, generator=generator)
     hidden = torch.randn(1, 7, 3, generator=generator)
-    gate_training._run = gate_training._Run(gates, 2, {0: hidden})
+    gate_attention._run = gate_attention._Run(gates, 2, {0: hidden})
     try:
-        out, _ = gate_training.fading_attention(Module(), q, k, v, None, scaling=0.3)
-        (excess,) = gate_training._run.excess
+        out, _ = gate_attention.fading_attention(Module(), q, k, v, None, scaling=0.3)
+        (excess,) = gate_attention._run.excess
     finally:
-        gate_training._run = gate_training._Run()
+        gate_attention._run = gate_attention._Run()
     log_beta = gates.log_beta(0, hidden)[0].detach()
     total = 0.0
     for h in range(6):
@@ -110,7 +113,7 @@ def test_losses_and_where_their_gradient_goes():
     model = build("llama-gqa")
     gates = lively(model)
     ids, weights = batches(0)
-    with gate_training._exchanged(model, modules_of(model)):
+    with gate_attention.exchanged(model, modules_of(model)):
         kl, ce, excess = losses(model, gates, ids, weights, 2)
         with torch.no_grad():
             teacher, student = (forward(model, ids, g, 2)[0][:, :-1] for g in (None, gates))
@@ -150,6 +153,23 @@ def test_training_lowers_the_loss_and_touches_nothing_but_gates(tmp_path):
     assert (file.metadata["capacity"], file.metadata["steps"], file.metadata["seed"]) == ("4", "30", "0")
     assert file.metadata["shapes"] == '{"0": [64, 2], "1": [64, 2], "2": [64, 2]}'
     kvcache.wrap(model.eval(), kvcache.TrimKV(str(tmp_path / "g.safetensors"), 8))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (lambda: build("qwen3").to(torch.bfloat16), [0, 1, 2]),
+        (lambda: tiny_model(transformers.Qwen3NextForCausalLM, "qwen3_next").eval(), [1]),
+    ],
+    ids=["bfloat16", "some layers recurrent"],
+)
+def test_other_models_train_and_serve(make, layers, tmp_path):
+    model, file = make(), str(tmp_path / "g")
+    gates = train_gates(model, file, batches=batches, **{**TINY, "steps": 2})
+    assert list(gates.shapes) == layers
+    kvcache.wrap(model, f"trimkv(gates={file!r}, keep=6, slack=0)")
+    cache = greedy(model, prompt(20, rows=2), None, 4).past_key_values
+    assert all((cache.kept(i) == 6).all() and cache.kept(i).numel() for i in layers)
 
 
 class Interrupted(Exception):
@@ -208,6 +228,8 @@ def test_what_train_gates_refuses(tmp_path):
         train_gates(model, out, batches=batches, resume=True)
     with pytest.raises(ValueError, match="train_gates needs the hidden states.*MLA"):
         train_gates(build("deepseek-v3"), out, batches=batches)
+    with pytest.raises(ValueError, match="layer 2 of Gemma3nForCausalLM reads another layer's entries"):
+        train_gates(tiny_model(transformers.Gemma3nForCausalLM, "gemma3n_text"), out, batches=batches)
     with pytest.raises(ValueError, match="this LlamaForCausalLM comes from no folder; pass one, or batches"):
         train_gates(model, out)
     kvcache.wrap(model)
