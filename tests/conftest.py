@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from support.backends import HOST, use
-from support.policies import EVERYDAY, POLICIES
+from support.policies import EVERYDAY, FIRST, POLICIES
 
 # Machines that run the tests share their cores; a second thread per process makes everything slower there.
 torch.set_num_threads(1)
@@ -15,7 +15,7 @@ settings.load_profile("kvcache")
 
 def pytest_collection_modifyitems(items):
     """Marks as slow whole models over the plain-torch reference and over emulated kernels, and whole generations under
-    policies of which others are of the same kind.
+    policies of which others are of the same kind, and the oracles of their variants.
 
     Beside them stand the same over the CPU kernels, and the ops' own tests compare all three; ``make test`` is to stay
     within minutes.
@@ -26,8 +26,9 @@ def pytest_collection_modifyitems(items):
         slow = folder not in ("ops", "core", "emulation", "bench") and any(
             item.get_closest_marker(name) for name in ("reference", "emulated")
         )
-        if folder == "generation" and hasattr(item, "callspec"):
-            slow |= any(isinstance(x, str) and x in rare for x in item.callspec.params.values())
+        if folder in ("generation", "oracles") and hasattr(item, "callspec"):
+            names = {x for x in item.callspec.params.values() if isinstance(x, str)}
+            slow |= bool(names & (rare if folder == "generation" else rare - set(FIRST.values())))
         if slow:
             item.add_marker(pytest.mark.slow)
 

@@ -16,7 +16,7 @@ from support.dense import (
 )
 from support.entries import RULES, EntryOracle
 from support.models import build, padded
-from support.policies import GENEROUS, LAYERS, POLICIES, part, schedule, usual
+from support.policies import GENEROUS, LAYERS, POLICIES, example, pairs, part, schedule, usual
 from support.runs import kept, own_log, run
 
 import kvcache
@@ -376,3 +376,37 @@ def test_o2_windows_softcaps_sinks_and_latent_attention(name, policy, backend):
     for t in range(PROMPT, TOTAL):
         for before, after in zip(result.log[t][0], result.log[t + 1][0]):
             assert all(set(new) <= {*old, t} for old, new in zip(before, after))
+
+
+LEGAL, ILLEGAL = pairs()
+
+
+@pytest.mark.parametrize(("a", "b"), ILLEGAL, ids="|".join)
+def test_policies_that_decide_the_same_are_refused_with_the_reason(a, b):
+    for one, other in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match="cannot combine .* (both decide|reads from|says itself|evicts)"):
+            example(one) | example(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("a", "b"), LEGAL, ids="|".join)
+def test_every_other_pair_does_what_its_parts_do(a, b):
+    """O2 and O4, in either order, for all pairs of classes: what is read is what was logged, and budgets hold."""
+    policy = example(a) | example(b)
+    assert str(policy) == str(kvcache.parse_policy(str(policy)))
+    name = next((n for n in map(usual, (example(a), example(b))) if n != "qwen3"), "qwen3")
+    model = wrapped(policy, name)
+    result, swapped = run(model, tokens(), PROMPT), run(wrapped(example(b) | example(a), name), tokens(), PROMPT)
+    close(result.logits, swapped.logits)
+    left_out = TOTAL - len(columns(result.cache))
+    for t in range(PROMPT, TOTAL):
+        for before, after in zip(result.log[t][0], result.log[t + 1][0]):
+            assert all(set(new) <= {*old, t - left_out} for old, new in zip(before, after))
+    if policy.routes and (policy.relocates or policy.merges):
+        return  # no oracle knows both
+    kvcache.unwrap(model)
+    active = schedule(policy, TOTAL, PROMPT)
+    oracle = replay(model, result, policy, active)
+    read = columns(result.cache)
+    truth = dense_logits(model, tokens()[:, read], oracle, active or getattr(oracle, "runs", None))
+    close(result.logits[0, read], truth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import torch
@@ -37,6 +38,7 @@ from kvcache import (
     TokenSelect,
     TrimKV,
 )
+from kvcache.policies.compose import AXES
 from support.gates import random_gates
 
 LAYERS = 5
@@ -126,6 +128,12 @@ EVERYDAY = (
     *("snapkv", "adakv", "adakv-evict", "keydiff-slack"),
 )
 
+#: The first of every class: these run through all oracles in ``make test``, variants in ``make test-slow``.
+FIRST: dict[type, str] = {}
+for _name, _policy in POLICIES.items():
+    if not hasattr(_policy, "parts"):
+        FIRST.setdefault(type(_policy), _name)
+
 # The same kinds of policies with room for everything: they must change nothing.
 GENEROUS: dict[str, Policy] = {
     "full": Full(),
@@ -166,6 +174,29 @@ GENEROUS: dict[str, Policy] = {
     "cache": Full() | CachePositions(),
     "h2o|cache": H2O(100, 100) | CachePositions(),
 }
+
+
+#: Axes of which a policy may decide only one, beside the same one twice; why, compose() says.
+APART = (("retains", "selects"), ("schedules", "routes"), ("selects", "routes"), ("selects", "relocates"))
+
+
+def pairs() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Names of (legal, illegal) combinations of two classes of policies, by the axes that they decide."""
+    legal, illegal = [], []
+    examples = {name: POLICIES[name] for name in FIRST.values()} | {"cache": CachePositions()}
+    decides = {name: {axis for axis in AXES if getattr(p, axis)} for name, p in examples.items()}
+    for a, b in itertools.combinations_with_replacement(examples, 2):
+        if decides[a] and decides[b]:
+            clash = decides[a] & decides[b] or any(
+                (x in decides[a] and y in decides[b]) or (y in decides[a] and x in decides[b]) for x, y in APART
+            )
+            (illegal if clash else legal).append((a, b))
+    return legal, illegal
+
+
+def example(name: str) -> Policy:
+    """The policy of a name of :func:`pairs`."""
+    return CachePositions() if name == "cache" else POLICIES[name]
 
 
 def part(policy: Policy, kind: type) -> Policy | None:
