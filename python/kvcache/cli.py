@@ -142,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of weights and cache (as stored)"
     )
     evaluate.add_argument("--policy", action="append", metavar="TEXT", help="evaluate this next to the others, may be "
-                          "repeated: a policy's text, or a name such as snapkv for it at every budget")  # fmt: skip
+                          "repeated: a policy's text; a name such as snapkv, or a text with {budget} in it, for it at "
+                          "every budget")  # fmt: skip
     evaluate.add_argument("--resume", action="store_true", help="go on with the results in FOLDER/measured.jsonl")
 
     bench = add("bench", "decode time of generate() against other caches", _BENCH)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .ops.two_stage import best_pages, two_stage_selection
-from .policies.base import Selection
+from .policies.axes import Selection
 from .policies.budget import FAR
 from .step import Attention, Counted, Pages, Step
 from .store import LayerStore

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kvcache
-from kvcache.evaluation.contenders import ALL, DEMO, contender, contenders
+from kvcache.evaluation.contenders import ALL, DEMO, contender, contenders, scaled
 from kvcache.evaluation.loading import load_model, load_tokenizer
 from kvcache.evaluation.rows import Row, write_report
 from kvcache.evaluation.suite import (
@@ -54,6 +54,14 @@ def test_contenders_are_policies_within_their_budget(name, share):
         assert policy.heavy + policy.recent == 1024 * share
     elif name in ("streamingllm", "window"):
         assert policy.sinks + policy.window == 1024 * share
+    elif name in ("cam", "d2o", "kvmerger"):
+        assert policy.heavy + policy.recent == 1024 * share
+    elif name in ("promptdistill", "gemfilter"):
+        assert policy.keep + 1 == 1024 * share
+    elif name == "quest":
+        assert policy.k == 1024 * share
+    elif name == "streamingcache":
+        assert policy.parts[0].budget == 1024 * share
     elif name not in ("full", "skipdecode", "tokenselect"):
         assert policy.budget == 1024 * share
         assert policy.generated == "evict"
@@ -65,6 +73,13 @@ def test_what_has_no_budget_is_measured_once():
     assert names.count("h2o") == 2
     with pytest.raises(ValueError, match="unknown contender 'h3o'"):
         contender("h3o", 1024, 0.5, 4)
+
+
+def test_a_budget_in_a_text_is_filled_in():
+    found = scaled("tova(keep={budget}) | cachepositions", 1024, (1 / 2, 1 / 8))
+    assert [c.policy for c in found] == ["tova(keep=512) | cachepositions", "tova(keep=128) | cachepositions"]
+    assert [c.share for c in found] == [1 / 2, 1 / 8]
+    assert len({c.name for c in found}) == 1
 
 
 def test_the_tokenizer_reads_and_writes_what_the_tasks_do():

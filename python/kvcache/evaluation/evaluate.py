@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from ..policies import parse_policy
 from ..wrap import wrap
 from . import ruler, tasks
 from .console import Ticker, console, require_extras, table, ticking
-from .contenders import ALL, BASELINES, DEMO, Contender, contenders, label
+from .contenders import ALL, BASELINES, BUDGET, DEMO, Contender, contenders, label, scaled
 from .examples import Example
 from .html import write_html
 from .loading import load_model, load_tokenizer
@@ -160,10 +160,12 @@ def _title(c: Contender) -> str:
 def _compared(
     compare: str, policies: Sequence[str], length: int, shares: Sequence[float], layers: int
 ) -> list[Contender]:
-    """The contenders of ``compare`` and ``policies``: a contender's name stands for it at every budget."""
+    """The contenders of ``compare`` and ``policies``: a name of one, or a text with ``{budget}``, at every budget."""
     named = [p for p in policies if p in ALL]
     found = contenders(tuple(dict.fromkeys([*COMPARED[compare], *named])), length, tuple(shares), layers)
-    return found + [Contender(p, p, str(parse_policy(p)), 1.0) for p in policies if p not in ALL]
+    for text in (p for p in policies if p not in ALL):
+        found += scaled(text, length, tuple(shares)) if BUDGET in text else [Contender(text, text, text, 1.0)]
+    return [replace(c, policy=str(parse_policy(c.policy))) for c in found]
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ def run(
     windows = windows or (16 if quick else 64)
     for text in policies:
         if text not in ALL:
-            parse_policy(text)
+            parse_policy(text.replace(BUDGET, str(length)))
     plain = load_model(folder, dtype).to(device)
     source = Tasks.of(plain, load_tokenizer(folder), length, chat)
     names = tuple(names) or USUAL[source.byte_level]

@@ -1,7 +1,8 @@
 """Cache policies: one idea, one file. See ``base.Policy`` for how to write another."""
 
 from .adakv import AdaKV
-from .base import NEEDS, Merged, Policy, Selection
+from .axes import NEEDS, Merged, Selection
+from .base import Policy
 from .budget import Budget
 from .cache_positions import CachePositions
 from .cam import CaM

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merged
+from .axes import Merged
 from .budget import FAR, check_count
 from .card import Card
 from .h2o import H2O

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .base import Merged, Policy, Selection
+from .axes import Merged, Selection
+from .base import Policy
 
 if TYPE_CHECKING:
     from ..layer_state import LayerView

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Merged
+from .axes import Merged
 from .budget import check_count
 from .card import Card
 from .merging import listed

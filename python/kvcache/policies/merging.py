@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .base import Merged
+from .axes import Merged
 from .budget import FAR
 from .h2o import H2O
 

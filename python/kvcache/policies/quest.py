@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .base import Policy, Selection
+from .axes import Selection
+from .base import Policy
 from .budget import check_count
 from .card import Card
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Selection
+from .axes import Selection
 
 
 def opened(query: Tensor, width: int) -> dict[str, Any]:

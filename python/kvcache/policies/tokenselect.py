@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import selection_cache
-from .base import Policy, Selection
+from .axes import Selection
+from .base import Policy
 from .budget import FAR, check_count
 from .card import Card
 
