@@ -132,7 +132,7 @@ def policies(draw):
     parts = [draw(st.one_of(retention, selection, st.just(Full())))]
     if draw(st.booleans()):
         parts.insert(draw(st.integers(0, 1)), draw(skipdecode()))
-    if not any(isinstance(p, TokenSelect) for p in parts) and draw(st.booleans()):
+    if not any(p.selects for p in parts) and draw(st.booleans()):
         parts.append(kvcache.CachePositions())
     out = parts[0]
     for part in parts[1:]:
