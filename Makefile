@@ -23,8 +23,8 @@ CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o
 
 .PHONY: test test-slow oldest test-oldest demo lint build format clean gpu gpu-build gpu-test gpu-sanitize gpu-bench kernel-report compatibility peers bench
 
-# Fuzzed tests draw new examples in every run: two fifths of what they try otherwise.
-test: export KVCACHE_EXAMPLES ?= 40
+# Fuzzed tests draw new examples in every run: three tenths of what they try otherwise.
+test: export KVCACHE_EXAMPLES ?= 30
 test: build lint
 	$(PY) -m pytest -q $(XDIST) -m "not slow" $(ARGS)
 

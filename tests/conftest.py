@@ -13,24 +13,30 @@ settings.register_profile("kvcache", deadline=None, suppress_health_check=list(H
 settings.load_profile("kvcache")
 
 
-def pytest_collection_modifyitems(items):
-    """Marks as slow whole models over the plain-torch reference and over emulated kernels, and whole generations under
-    policies of which others are of the same kind, and the oracles of their variants.
+#: Beside these, whole models on a pretended GPU run in ``make test-slow``.
+ON_A_GPU = ("full", "h2o", "tokenselect", "snapkv")
 
-    Beside them stand the same over the CPU kernels, and the ops' own tests compare all three; ``make test`` is to stay
-    within minutes.
-    """
-    rare = POLICIES.keys() - EVERYDAY
+
+def pytest_collection_modifyitems(items):
+    """Marks as slow what stands for nothing new beside what runs in ``make test``, which is to stay within minutes."""
     for item in items:
-        folder = item.path.parent.name
-        slow = folder not in ("ops", "core", "emulation", "bench") and any(
-            item.get_closest_marker(name) for name in ("reference", "emulated")
-        )
-        if folder in ("generation", "oracles") and hasattr(item, "callspec"):
-            names = {x for x in item.callspec.params.values() if isinstance(x, str)}
-            slow |= bool(names & (rare if folder == "generation" else rare - set(FIRST.values())))
-        if slow:
+        if _slow(item):
             item.add_marker(pytest.mark.slow)
+
+
+def _slow(item):
+    folder, file = item.path.parent.name, item.path.name
+    backends = [name for name in ("reference", "emulated") if item.get_closest_marker(name)]
+    if backends and folder not in ("ops", "core", "emulation", "bench"):  # whole models run over the CPU kernels
+        return True
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    policies = {x for x in values if isinstance(x, str) and x in POLICIES}
+    if folder == "oracles":  # variants; and the later oracles of what is of a kind with another
+        first = item.originalname.startswith(("test_o1_", "test_o2_"))
+        return not policies <= ({*EVERYDAY, *FIRST.values()} if first else {*EVERYDAY})
+    if file in ("test_decode_graphs.py", "test_on_a_gpu.py"):
+        return not policies <= {*ON_A_GPU} or "right" in values
+    return folder == "generation" and not policies <= {*EVERYDAY}
 
 
 @pytest.fixture(params=HOST)
