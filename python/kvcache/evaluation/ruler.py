@@ -265,7 +265,8 @@ RULER: dict[str, tuple[Callable[[Random, int], Prompt], int]] = {
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    # Not verbose: it would warn of texts that are cut afterwards.
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def _tokenized(prompt: Prompt, task: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Example:
