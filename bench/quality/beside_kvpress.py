@@ -56,7 +56,7 @@ PAIRS = (
     ),
     Pair("knorm(keep={keep})", "KnormPress"),
     Pair("keydiff(keep={keep})", "KeyDiffPress"),
-    Pair("lagkv(keep={keep}, sinks=4, lag=64)", "LagKVPress", {"n_sink": SINKS, "lag_size": 64}),
+    Pair("lagkv(keep={keep}, sinks=4, lag=32)", "LagKVPress", {"n_sink": SINKS, "lag_size": 32}),
     Pair("expectedattention(keep={keep}, sinks=4)", "ExpectedAttentionPress", {"n_sink": SINKS}),
 )
 
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--tasks", nargs="+", default=["passkey", "frequent_words"])
+    parser.add_argument("--protocols", nargs="+", default=PROTOCOLS, choices=PROTOCOLS)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.125])
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()
@@ -123,7 +124,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = kvcache.wrap(load_model())
     rows, versions = [], {}
-    for protocol in PROTOCOLS:
+    for protocol in o.protocols:
         for task in o.tasks:
             examples = draw_examples(task, o.length, o.samples, o.seed)
             asked = cases(examples, protocol)
