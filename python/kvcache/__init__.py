@@ -12,9 +12,9 @@ from . import ops
 from ._C import OutOfPages, PagePool
 from .cache import KVCache
 from .calibration import calibrate_qfilters
+from .duo_calibration import calibrate_duoattention
 from .engine import PromptTooLong
 from .gate_training import GateRecipe, train_gates
-from .gated_attention import calibrate_duoattention
 from .gates import Gates
 from .kvzip import compress
 from .layer_state import LayerView

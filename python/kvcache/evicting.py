@@ -143,8 +143,7 @@ class Evicting:
         """Let the policy fold the ``evicted`` entries [R, H, C] bool, which are still there, into the others."""
         store = layer.store
         assert store is not None
-        live = torch.arange(store.capacity, device=evicted.device) < store.counts[..., None]
-        kept = live & ~evicted
+        kept = store.live & ~evicted
         merged = self.policy.merge(layer.view(), evicted, kept)
         if merged is None or merged.slots.shape[2] == 0:
             return
@@ -244,16 +243,15 @@ class Evicting:
         first, end = self._unprotected(layer)
         scores = self._scores(layer, step)
         before = int(store.counts_host.sum())
-        slots = torch.arange(store.capacity, device=device)
         if over == 1:
             victims = ops.choose_victims(scores, store.counts, store.positions, budgets, first, end)
             if self.merges_in(layer):
-                self._merge(layer, slots == victims[..., None])
+                self._merge(layer, torch.arange(store.capacity, device=device) == victims[..., None])
             store.overwrite(victims)
         else:
             if scores is None:
                 scores = store.positions.float()
-            live = slots < store.counts[..., None]
+            live = store.live
             p = store.positions
             protected = (live & ((p < first[:, None, None]) | (p >= end[:, None, None]))).sum(-1, dtype=torch.int32)
             k = (budgets - protected).clamp(min=0)

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .gates import Gates
 from .tiers import index_of
-from .wrap import switch_implementation
+from .wrap import frozen_with
 
 __all__ = ["capacity_loss", "exchanged", "fading_attention", "forward", "watched"]
 
@@ -117,17 +117,8 @@ def watched(modules: dict[int, nn.Module], note: Callable[[int, Tensor], None]) 
 @contextlib.contextmanager
 def exchanged(model: PreTrainedModel, modules: dict[int, nn.Module]) -> Iterator[None]:
     """The model with the attention above, frozen and in eval mode; as it was afterwards."""
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    training, before = model.training, switch_implementation(model, NAME)
-    try:
-        model.requires_grad_(False).eval()
-        with watched(modules, lambda index, hidden: _run.hidden.update({index: hidden})):
-            yield
-    finally:
-        switch_implementation(model, before)
-        for p, requires in wanted.items():
-            p.requires_grad_(requires)
-        model.train(training)
+    with frozen_with(model, NAME), watched(modules, lambda index, hidden: _run.hidden.update({index: hidden})):
+        yield
 
 
 def forward(

@@ -191,6 +191,7 @@ class LayerView:
     counts = property(lambda self: self._store.counts)
     positions = property(lambda self: self._store.positions)
     scores = property(lambda self: self._store.columns[0])
+    live = property(lambda self: self._store.live, doc="Which slots hold an entry, [rows, heads, capacity] bool.")
     device = property(lambda self: self._store.counts.device, doc="Where the layer's tensors are.")
     tokens = property(lambda self: self._layer.engine.tokens_on(self.device))
     prompt_tokens = property(lambda self: self._layer.engine.prompt_tokens)
@@ -295,8 +296,7 @@ class LayerView:
         if not self._layer.engine.policy.schedules:
             return torch.minimum(counts, end)
         # Tokens that skipped the layer left no entry: positions have holes.
-        live = torch.arange(s.capacity, device=counts.device) < counts[:, None]
-        return (live & (s.positions[:, 0] < end[:, None])).sum(1, dtype=torch.int32)
+        return (s.live[:, 0] & (s.positions[:, 0] < end[:, None])).sum(1, dtype=torch.int32)
 
     def count(self, event: str, times: int = 1) -> None:
         """Add to an event counter that ``cache.report()`` shows."""

@@ -453,10 +453,14 @@ class LayerStore:
         counts = stays.sum(-1, dtype=torch.int32)
         return 0 if self._is_tail(stays, counts) else int((-(-counts // self.storage.page_size)).sum())
 
+    @property
+    def live(self) -> Tensor:
+        """Which slots hold an entry, bool [R, H, C]."""
+        return torch.arange(self.capacity, device=self.counts.device) < self.counts[..., None]
+
     def _staying(self, limits: Tensor) -> Tensor:
         """Which slots hold an entry before ``limits`` [R], bool [R, H, C]."""
-        live = torch.arange(self.capacity, device=self.counts.device) < self.counts[..., None]
-        return live & (self.positions < limits[:, None, None])
+        return self.live & (self.positions < limits[:, None, None])
 
     def _is_tail(self, stays: Tensor, counts: Tensor) -> bool:
         """Whether the entries that stay are the first ``counts`` [R, H] of each head."""

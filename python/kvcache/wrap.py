@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -162,6 +164,22 @@ def switch_implementation(model: PreTrainedModel, name: str) -> str:
     if text._attn_implementation != name:
         raise ValueError(f"{type(model).__name__} refuses to use another attention implementation")
     return before or "sdpa"
+
+
+@contextmanager
+def frozen_with(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """``model`` in eval mode, without gradients of its own and with the attention registered as ``name``, for a block;
+    afterwards it is what it was. ValueError if the model ignores the attention."""
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    training, before = model.training, switch_implementation(model, name)
+    try:
+        model.requires_grad_(False).eval()
+        yield
+    finally:
+        switch_implementation(model, before)
+        for p, requires in wanted.items():
+            p.requires_grad_(requires)
+        model.train(training)
 
 
 def _prepare_cache(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -32,9 +33,7 @@ def load_model(folder: str | Path | None = None, dtype: torch.dtype | None = Non
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(folder or shipped_folder()),
-            dtype=dtype or ("auto" if folder else torch.float32),
-            local_files_only=not folder or Path(folder).exists(),
+            dtype=dtype or ("auto" if folder else torch.float32), **_source(folder)
         )
     finally:
         if bar:
@@ -44,6 +43,10 @@ def load_model(folder: str | Path | None = None, dtype: torch.dtype | None = Non
 
 def load_tokenizer(folder: str | Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to :func:`load_model`."""
-    return AutoTokenizer.from_pretrained(
-        str(folder or shipped_folder()), local_files_only=not folder or Path(folder).exists()
-    )
+    return AutoTokenizer.from_pretrained(**_source(folder))
+
+
+def _source(folder: str | Path | None) -> dict[str, Any]:
+    """Where ``from_pretrained`` finds it; a folder that is there is not looked for on the hub."""
+    name = str(folder or shipped_folder())
+    return {"pretrained_model_name_or_path": name, "local_files_only": Path(name).exists()}

@@ -44,6 +44,20 @@ def check_count(name: str, value: object, minimum: int = 0) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
+def check_pool(pool: object, entry: str = "an entry") -> None:
+    """Raise TypeError or ValueError unless ``pool`` is an odd int of at least 1; ``entry``: what is pooled."""
+    check_count("pool", pool, 1)
+    if isinstance(pool, int) and pool % 2 == 0:
+        raise ValueError(f"pool must be odd, so that {entry} is the middle of its neighbours, got {pool}")
+
+
+def check_window(window: object, keep: object) -> None:
+    """Raise TypeError or ValueError unless ``window`` is an int of at least 1, and below a ``keep`` of entries."""
+    check_count("window", window, 1)
+    if isinstance(keep, int) and isinstance(window, int) and keep <= window:
+        raise ValueError(f"keep must be more than window, which stays in any case; got {keep} <= {window}")
+
+
 def resolve_budget(value: Budget, prompt_tokens: int, bytes_per_token: int) -> int:
     """Tokens that ``value`` grants a row whose prompt has ``prompt_tokens`` tokens.
 

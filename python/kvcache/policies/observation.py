@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .budget import FAR, Budget, check_count
+from .budget import FAR, Budget, check_pool, check_window
 from .keeping import _Keeping
 
 if TYPE_CHECKING:
@@ -35,14 +35,8 @@ class _ObservationWindow(_Keeping):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("window", self.window, 1)
-        check_count("pool", self.pool, 1)
-        if isinstance(self.keep, int) and self.keep <= self.window:
-            raise ValueError(
-                f"keep must be more than window, which stays in any case; got {self.keep} <= {self.window}"
-            )
-        if self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd, so that an entry is the middle of its neighbours, got {self.pool}")
+        check_window(self.window, self.keep)
+        check_pool(self.pool)
         if self.pooling not in ("avg", "max"):
             raise ValueError(f"pooling must be 'avg' or 'max', got {self.pooling!r}")
         if self.generated not in ("keep", "evict"):
@@ -64,8 +58,7 @@ class _ObservationWindow(_Keeping):
     def in_order(self, layer: LayerView, recent: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled scores [rows, heads, capacity] of a head's entries in the order of their positions, -inf for slots
         without one, and the slot of each; entries among the newest ``recent`` [rows] have no part in it, as if 0."""
-        slots = torch.arange(layer.capacity, device=layer.device)
-        live = slots < layer.counts[..., None]
+        live = layer.live
         end = (layer.tokens - recent)[:, None, None]
         scores = torch.where(live & (layer.positions < end), layer.scores, 0.0)
         order = torch.where(live, layer.positions, FAR).argsort(dim=2)
@@ -78,4 +71,5 @@ class _ObservationWindow(_Keeping):
             else:
                 flat = F.max_pool1d(flat, self.pool, stride=1, padding=pad)
             scores = flat.view(shape)
-        return scores.masked_fill(slots >= layer.counts[..., None], float("-inf")), order
+        # In this order a head's entries come first: as many places as there are live slots, which are the first ones.
+        return scores.masked_fill(~live, float("-inf")), order

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Policy
-from .budget import check_budget, check_count
+from .budget import check_budget, check_count, check_pool
 from .card import Card
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ class PromptDistill(Policy):
             raise ValueError(f"keep must have one value per stage, {len(self.routes_after)} in all, got {self.keep!r}")
         if any(type(a) is type(b) and a <= b for a, b in pairwise(self._keeps)):
             raise ValueError(f"keep must fall from stage to stage, got {self.keep!r}")
-        check_count("pool", self.pool, 1)
-        if self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd, so that a token is the middle of its neighbours, got {self.pool}")
+        check_pool(self.pool, "a token")
         check_count("truncate", self.truncate, -1)
         if self.truncate > len(self.routes_after):
             raise ValueError(f"truncate must be at most the {len(self.routes_after)} stages, got {self.truncate}")
@@ -152,9 +150,7 @@ class PromptDistill(Policy):
         column.copy_(torch.where(inside, found, column))
 
     def allocate(self, layer: LayerView) -> Tensor:
-        stay = layer.column("dropped") == 0
-        stay &= torch.arange(layer.capacity, device=layer.device) < layer.counts[..., None]
-        return stay.sum(2).clamp(min=1)
+        return (layer.live & (layer.column("dropped") == 0)).sum(2).clamp(min=1)
 
     def score(self, layer: LayerView) -> Tensor | None:
         return -layer.column("dropped")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .budget import FAR, Budget, check_count
+from .budget import FAR, Budget, check_count, check_pool, check_window
 from .card import Card
 from .keeping import _Keeping
 
@@ -72,14 +72,8 @@ class RKV(_Keeping):
     def __post_init__(self) -> None:
         check_count("buffer", self.buffer, 1)  # first: slack goes by it
         super().__post_init__()
-        check_count("window", self.window, 1)
-        check_count("pool", self.pool, 1)
-        if self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd, so that an entry is the middle of its neighbours, got {self.pool}")
-        if isinstance(self.keep, int) and self.keep <= self.window:
-            raise ValueError(
-                f"keep must be more than window, which stays in any case; got {self.keep} <= {self.window}"
-            )
+        check_window(self.window, self.keep)
+        check_pool(self.pool)
         for name, low in (("lam", 0), ("threshold", -1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= 1:

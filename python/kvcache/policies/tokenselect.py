@@ -13,7 +13,7 @@ from torch import Tensor
 from . import selection_cache
 from .axes import Selection
 from .base import Policy
-from .budget import FAR, check_count
+from .budget import FAR, check_count, check_pool
 from .card import Card
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ class TokenSelect(Policy):
             raise ValueError(f"positions must be 'original' or 'compact', got {self.positions!r}")
         if self.vote not in ("soft", "raw", "head"):
             raise ValueError(f"vote must be 'soft', 'raw' or 'head', got {self.vote!r}")
-        check_count("pool", self.pool, 1)
-        if self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd, so that a token is the middle of its neighbours, got {self.pool}")
+        check_pool(self.pool, "a token")
         pages = self.shortlist
         if pages is not None and not self._one_op:
             raise ValueError(

@@ -139,5 +139,4 @@ class TrimKV(_Keeping):
         positions = layer.positions
         end = (layer.tokens - self._resolve(self.recent, layer).to(layer.device))[:, None, None]
         scores = self.score(layer).masked_fill((positions < self.sinks) | (positions >= end), float("inf"))
-        live = torch.arange(layer.capacity, device=layer.device) < layer.counts[..., None]
-        return scores.masked_fill(~live, float("-inf"))
+        return scores.masked_fill(~layer.live, float("-inf"))

@@ -21,7 +21,7 @@ from .layers import wrapped_state
 from .parallel import tensor_parallel
 from .policies.budget import check_count
 from .tiers import index_of, plan_layers
-from .wrap import switch_implementation
+from .wrap import frozen_with
 
 NAME = "kvcache_gated"
 #: Of the calibration in this thread: gates (see _last_hidden), sinks, recent, and heads, layer -> its kv heads.
@@ -130,20 +130,12 @@ def _check_model(model: PreTrainedModel) -> None:
 @contextmanager
 def _gated(model: PreTrainedModel, sinks: int, recent: int) -> Iterator[None]:
     """A frozen model with gates in its attention, for a block; afterwards it is what it was."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    training, before = model.training, switch_implementation(model, NAME)
-    _local.sinks, _local.recent, _local.heads = sinks, recent, {}
-    try:
-        model.eval()
-        for p in parameters:
-            p.requires_grad_(False)
-        yield
-    finally:
-        switch_implementation(model, before)
-        model.train(training)
-        for p in parameters:
-            p.requires_grad_(True)
-        vars(_local).clear()
+    with frozen_with(model, NAME):
+        _local.sinks, _local.recent, _local.heads = sinks, recent, {}
+        try:
+            yield
+        finally:
+            vars(_local).clear()
 
 
 def _last_hidden(model: PreTrainedModel, text: Tensor, answer: int, gates: Tensor | None) -> Tensor:

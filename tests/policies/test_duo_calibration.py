@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from support.models import build, prompt
 
 import kvcache
-from kvcache import gated_attention
+from kvcache import duo_calibration
 
 STREAMING = {"sinks": 2, "recent": 5}
 CLOSED = kvcache.DuoAttention(((False, False),) * 3, **STREAMING)
@@ -16,8 +16,8 @@ CLOSED = kvcache.DuoAttention(((False, False),) * 3, **STREAMING)
 
 def hidden(model, ids, gates):
     """Last hidden states of all tokens but the first under ``gates``."""
-    with torch.no_grad(), gated_attention._gated(model, **STREAMING):
-        return gated_attention._last_hidden(model, ids, ids.shape[1] - 1, gates)
+    with torch.no_grad(), duo_calibration._gated(model, **STREAMING):
+        return duo_calibration._last_hidden(model, ids, ids.shape[1] - 1, gates)
 
 
 def test_closed_gates_are_streaming_heads_and_open_ones_change_nothing():
@@ -100,7 +100,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
         assert p.requires_grad == wanted, name
         assert p.grad is None
         assert torch.equal(p, value)
-    assert not vars(gated_attention._local)
+    assert not vars(duo_calibration._local)
 
 
 @pytest.mark.parametrize(
